@@ -1,0 +1,1 @@
+"""What outlives a process: weights and directories."""

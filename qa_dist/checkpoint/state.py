@@ -1,0 +1,37 @@
+"""The state of a live engine as named tensors, whichever engine it is."""
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+
+def full_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor] | None:
+    """The model's whole weights by name, float32, on the CPU: the master weights where training keeps a copy in
+    low precision. On the main process; None on the others, all of which must call it too."""
+    is_main = accelerator.is_main_process
+    plain = accelerator.unwrap_model(model)
+    weights: dict[str, Tensor] = {}
+    for name, parameter in plain.named_parameters():
+        whole = _whole(accelerator, parameter)
+        if is_main:
+            weights[name] = whole
+    if not is_main:
+        return None
+    # names that belong to the state but not to the parameters: buffers, and tied weights under a second name
+    for name, tensor in plain.state_dict(keep_vars=True).items():
+        if name in weights:
+            continue
+        shared = next((n for n, p in plain.named_parameters() if p is tensor), None)
+        weights[name] = weights[shared] if shared else tensor.detach().cpu()
+    return weights
+
+
+def _whole(accelerator: Accelerator, parameter: nn.Parameter) -> Tensor:
+    whole: Tensor | None = None
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        whole = safe_get_full_fp32_param(parameter)
+    # ZeRO-0 in float32 has no master copy beside the parameter itself
+    return (parameter if whole is None else whole).detach().to("cpu", torch.float32, copy=True)

@@ -1,0 +1,44 @@
+"""Directories that are there complete, or not at all."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+
+def publish_directory(target: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary directory beside `target`, flush it to the disk, and put it in `target`'s place.
+
+    A crash leaves the old directory or the new one, never a mixture; between the two renames the old one is
+    called `.NAME.old`.
+    """
+    temporary, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("tmp", "old"))
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    for path in sorted(temporary.rglob("*")):
+        flush(path)
+    flush(temporary)
+    if target.exists():
+        target.rename(old)
+    temporary.rename(target)
+    flush(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def publish_file(target: Path, content: str) -> None:
+    """Write a file that others may read at any time: they see the old content or the new, never a part."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.write_text(content, encoding="utf-8")
+    flush(temporary)
+    temporary.replace(target)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or a directory is on the disk, not only in memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

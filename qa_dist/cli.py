@@ -1,0 +1,184 @@
+"""The command line: `qa-dist COMMAND …`, or `accelerate launch … -m qa_dist COMMAND …` on many processes."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from qa_dist import __version__
+from qa_dist.config import RunConfig
+from qa_dist.config_sources import Problem, Source, from_flags, from_yaml, resolve, to_yaml
+from qa_dist.errors import UserError
+
+COMMANDS = {
+    "train": "Fine-tune a model and evaluate it after every epoch.",
+    "evaluate": "Score a trained model: --model DIR --data.validation_file FILE --run.output_dir DIR.",
+    "config show": "Print the complete settings as YAML, without starting anything.",
+}
+
+USAGE = """usage: qa-dist COMMAND [--config FILE] [--section.key VALUE ...]
+
+{commands}
+
+qa-dist COMMAND --help lists every setting. To use several processes, start the same command with Accelerate:
+  accelerate launch --config_file configs/accelerate/cpu_zero2.yaml -m qa_dist train --config configs/demo.yaml
+"""
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and end the process with its exit code: 0 done, 1 failed, 2 the user has to mend something,
+    128 + n stopped by signal n."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    try:
+        sys.exit(_dispatch(arguments))
+    except UserError as error:
+        _tell(f"qa-dist: {error}")
+        sys.exit(error.exit_code)
+
+
+def _tell(message: str) -> None:
+    """Say it once, however many processes there are."""
+    from qa_dist.training.launch_environment import LaunchEnvironment
+
+    if LaunchEnvironment.read().is_main:
+        print(message, file=sys.stderr, flush=True)
+
+
+def _dispatch(args: list[str]) -> int:
+    command = args.pop(0) if args and not args[0].startswith("-") else ""
+    if command == "config" and args and not args[0].startswith("-"):
+        command += f" {args.pop(0)}"
+    if command not in COMMANDS:
+        asked_for_help = not command and args and args[0] in ("-h", "--help")
+        if not command and args == ["--version"]:
+            print(__version__)
+            return 0
+        usage = USAGE.format(commands="\n".join(f"  {name:<12} {text}" for name, text in COMMANDS.items()))
+        print(usage, file=sys.stdout if asked_for_help else sys.stderr)
+        if command:
+            print(f"qa-dist: there is no command {command!r}", file=sys.stderr)
+        return 0 if asked_for_help else 2
+
+    flags, options = from_flags(args, f"qa-dist {command}", COMMANDS[command], {"config": "YAML file with settings."})
+    if command == "config show":
+        print(to_yaml(resolve(_sources(command, flags, options["config"]))), end="")
+        return 0
+    return _run(command, _sources(command, flags, options["config"]))
+
+
+def _sources(command: str, flags: Source, config_file: str | None) -> list[Source]:
+    name = Source()
+    name.put("run.name", Path(config_file).stem if config_file else command.split()[-1], "the config file's name")
+    return [name, *([from_yaml(Path(config_file))] if config_file else []), flags]
+
+
+def _run(command: str, sources: list[Source]) -> int:
+    """Check everything that can be checked before the first process group, then train or evaluate."""
+    # heavy imports only now: `--help` and the config's own errors need none of them
+    from qa_dist.reporting.run_directory import StoppedError, require_free
+    from qa_dist.training import loop
+    from qa_dist.training.export import exported_settings
+    from qa_dist.training.launch_environment import LaunchEnvironment
+
+    launch = LaunchEnvironment.read()
+
+    def output_dir_is_free(config: RunConfig) -> list[Problem]:
+        try:
+            if launch.is_main:  # the others may look when the main process has already begun to write
+                require_free(config.output_dir)
+        except UserError as error:
+            return [Problem(("run.output_dir",), str(error))]
+        return []
+
+    if command == "evaluate":
+        model = _model_name(sources)
+        sources = [exported_settings(model), *sources] if model else sources
+    config = resolve(sources, [_paths, _REQUIREMENTS[command], _combinations, launch.problems, output_dir_is_free])
+    try:
+        (loop.train if command == "train" else loop.evaluate_only)(config, launch)
+    except StoppedError as stop:
+        _tell(f"qa-dist: {stop}")
+        return stop.exit_code
+    return 0
+
+
+def _model_name(sources: list[Source]) -> str | None:
+    """What the sources say of model.name, before they are known to be right."""
+    names = [source.values["model"].get("name") for source in sources if isinstance(source.values.get("model"), dict)]
+    return next((name for name in reversed(names) if isinstance(name, str)), None)
+
+
+# ------------------------------------------------------------------------------- checks across settings
+
+
+def _paths(config: RunConfig) -> list[Problem]:
+    problems = []
+    for key in ("train_file", "validation_file"):
+        path = getattr(config.data, key)
+        if path is not None and not path.is_file():
+            what = "is a directory" if path.is_dir() else "there is no such file"
+            problems.append(Problem((f"data.{key}",), f"data.{key}: {path}: {what}; name a JSON file"))
+    return problems
+
+
+def _train_requirements(config: RunConfig) -> list[Problem]:
+    problems = []
+    if config.data.train_file is None and config.data.synthetic is None:
+        problems.append(Problem(("data.train_file",), "data.train_file: is not set; name the training examples"))
+    if config.model.name is None and config.model.config is None:
+        problems.append(Problem(("model.name",), "model.name: is not set; name a pretrained model"))
+    return problems
+
+
+def _evaluate_requirements(config: RunConfig) -> list[Problem]:
+    problems = []
+    if config.data.validation_file is None and config.data.synthetic is None:
+        problems.append(Problem(("data.validation_file",), "data.validation_file: is not set; name the examples"))
+    if config.model.name is None:
+        problems.append(Problem(("model.name",), "model.name: is not set; name a trained model (--model DIR)"))
+    return problems
+
+
+_REQUIREMENTS = {"train": _train_requirements, "evaluate": _evaluate_requirements}
+
+
+def _combinations(config: RunConfig) -> list[Problem]:
+    data, model, train = config.data, config.model, config.train
+    rules = [
+        (
+            ("data.stride", "data.max_length"),
+            data.stride >= data.max_length,
+            f"data.stride: {data.stride} is not smaller than data.max_length ({data.max_length}), so windows would not "
+            "advance; lower it",
+        ),
+        (
+            ("data.synthetic", "data.train_file", "data.validation_file"),
+            data.synthetic is not None and (data.train_file is not None or data.validation_file is not None),
+            "data.synthetic: generates both splits; leave out data.train_file and data.validation_file, or set "
+            "data.synthetic to none",
+        ),
+        (
+            ("data.synthetic.unanswerable_share", "data.unanswerable"),
+            data.synthetic is not None and data.synthetic.unanswerable_share > 0 and data.unanswerable != "allow",
+            "data.synthetic.unanswerable_share: asks for questions without an answer; set data.unanswerable to allow",
+        ),
+        (
+            ("model.config", "model.name"),
+            model.config is not None and model.name is not None,
+            "model.config: describes a new model, model.name a pretrained one; keep one of them",
+        ),
+        (
+            ("model.config",),
+            model.config is not None and not isinstance(model.config.get("model_type"), str),
+            "model.config: has no model_type; add one, such as bert",
+        ),
+        (
+            ("train.micro_batch_size", "train.global_batch_size"),
+            train.micro_batch_size is not None and train.micro_batch_size > train.global_batch_size,
+            f"train.micro_batch_size: {train.micro_batch_size} is more than train.global_batch_size "
+            f"({train.global_batch_size}); lower it",
+        ),
+    ]
+    return [Problem(keys, message) for keys, broken, message in rules if broken]
+
+

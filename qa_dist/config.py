@@ -1,0 +1,149 @@
+"""`RunConfig`: every setting of a run, complete, frozen and checked.
+
+The engine, the precision and the number of processes are not here: Accelerate's launch config is their
+one source. How a `RunConfig` comes out of YAML files and command-line flags is in `config_sources.py`.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+
+
+
+class Section(BaseModel):
+    """One section of the config: unknown keys are errors, values never change after loading."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+class SyntheticConfig(Section):
+    """A built-in corpus in SQuAD form, generated from a seed: for demos and tests, without a network."""
+
+    train_examples: PositiveInt = 6000
+    """Number of training examples."""
+    validation_examples: PositiveInt = 600
+    """Number of held-out examples, on other contexts than the training ones."""
+    unanswerable_share: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Share of questions that the context does not answer; needs data.unanswerable allow."""
+    long_share: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Share of contexts of about 250 words, longer than one window of the demo."""
+    seed: NonNegativeInt = 0
+    """Seed of the corpus; the same seed gives the same corpus on every machine."""
+
+
+class DataConfig(Section):
+    """Where examples come from, and how they are cut into windows."""
+
+    train_file: Path | None = None
+    """Training examples: SQuAD's nested JSON, a flat JSON list, or JSON lines."""
+    validation_file: Path | None = None
+    """Validation examples, in the same forms; without one, nothing is evaluated."""
+    synthetic: SyntheticConfig | None = None
+    """Generate the corpus instead of reading files."""
+    on_misaligned: Literal["error", "drop", "repair"] = "error"
+    """What to do with an answer_start that does not point at its text: stop, leave the answer out, or move it
+    to the nearest place where the text stands (and leave it out where there is none)."""
+    unanswerable: Literal["error", "drop", "allow"] = "error"
+    """What to do with questions that have no answer: stop, leave them out, or learn to predict "no answer"
+    (SQuAD 2.0)."""
+    max_length: PositiveInt = 384
+    """Longest window, in tokens: question, context and special tokens together."""
+    stride: NonNegativeInt = 128
+    """Context tokens that two neighbouring windows of one example share."""
+    cache_dir: Path | None = None
+    """Where prepared features are kept; by default qa_dist/ in the cache of `datasets`."""
+
+
+class ModelConfig(Section):
+    """The model and its tokenizer."""
+
+    name: str | None = None
+    """Pretrained model: a directory, or an id on the Hugging Face Hub."""
+    config: dict[str, Any] | None = None
+    """Instead of a name: settings of a model trained from scratch, as in its config.json; needs model_type."""
+    tokenizer: str | None = None
+    """Tokenizer directory or Hub id, where it is not the model's own."""
+    vocab_size: PositiveInt = 4000
+    """Vocabulary of the tokenizer that is trained on the training texts when there is a config and no tokenizer."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model's repository. Only for repositories whose code you have read."""
+
+
+class TrainConfig(Section):
+    """Optimization. A global batch is the same set of examples however many processes share it."""
+
+    epochs: PositiveInt = 2
+    """Passes over the training examples."""
+    global_batch_size: PositiveInt = 32
+    """Windows per optimizer step, over all processes and accumulation steps together."""
+    micro_batch_size: PositiveInt | None = None
+    """Most windows that one process takes at once; gradients are accumulated until the global batch is whole.
+    By default a process takes its whole share at once."""
+    learning_rate: PositiveFloat = 5e-5
+    """Peak learning rate of AdamW."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Course of the learning rate after the warm-up: to zero in a line, to zero along a cosine, or level."""
+    warmup_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Share of all steps over which the learning rate rises from zero."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay; biases and normalization weights are left out."""
+    adam_beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    """Decay of AdamW's first moment."""
+    adam_beta2: float = Field(default=0.999, ge=0.0, lt=1.0)
+    """Decay of AdamW's second moment."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """Term added to AdamW's denominator."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradients are scaled down to this norm, on every engine alike; zero leaves them as they are."""
+    group_by_length: bool = True
+    """Build batches of windows of similar length, so that little is padded."""
+    seed: NonNegativeInt = 42
+    """Seed of the new weights, the order of the examples and dropout."""
+
+
+class EvaluationConfig(Section):
+    """Evaluation after every epoch."""
+
+    batch_size: PositiveInt = 32
+    """Windows per process and forward pass."""
+    at_start: bool = False
+    """Also evaluate before the first step."""
+    n_best: PositiveInt = 20
+    """Starts and ends considered per window, and answers kept per example."""
+    max_answer_length: PositiveInt = 30
+    """Longest answer, in tokens."""
+    null_score_diff_threshold: float = 0.0
+    """With data.unanswerable allow: predict no answer where its score exceeds the best answer's by more."""
+
+
+class OutputConfig(Section):
+    """The run directory and what is written while training."""
+
+    name: str | None = None
+    """Name of the run; by default the config file's name."""
+    output_dir: Path | None = None
+    """The run directory; by default runs/ and the run's name."""
+    log_every: PositiveInt = 10
+    """Optimizer steps between two logged ones."""
+    export: Literal["last", "best"] = "last"
+    """Which epoch's weights and predictions the run directory ends with."""
+
+
+class RunConfig(Section):
+    """Every setting of a run."""
+
+    task: Literal["question_answering"] = "question_answering"
+    """What is learned."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    run: OutputConfig = OutputConfig()
+
+    @property
+    def output_dir(self) -> Path:
+        return self.run.output_dir or Path("runs") / (self.run.name or "run")

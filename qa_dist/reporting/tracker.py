@@ -1,0 +1,92 @@
+"""What a person sees while a run goes on: a progress bar and tables, TensorBoard, JSON lines."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+from qa_dist.reporting.run_directory import RunDirectory
+
+History = list[dict[str, Any]]
+
+
+class Tracker:
+    """Shows and stores figures. On all but the main process every method does nothing."""
+
+    def __init__(self, run: RunDirectory, headline: dict[str, str]):
+        self.run = run
+        self.headline = headline
+        self.console = Console(quiet=not run.is_main, soft_wrap=True, highlight=False)
+        self._progress: Progress | None = None
+        self._bar = TaskID(0)
+        self._tensorboard: SummaryWriter | None = None
+
+    @contextlib.contextmanager
+    def training(self, total_steps: int) -> Iterator[None]:
+        """While training: TensorBoard is open, and a terminal shows a progress bar."""
+        if not self.run.is_main:
+            yield
+            return
+        self._tensorboard = SummaryWriter(str(self.run.path / "tensorboard"))
+        columns = (
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+        )
+        progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        try:
+            with progress:
+                self._bar = progress.add_task("", total=total_steps, figures="")
+                self._progress = progress
+                yield
+        finally:
+            self._progress = None
+            self._tensorboard.close()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def advance(self) -> None:
+        """One more optimizer step is done."""
+        if self._progress:
+            self._progress.advance(self._bar)
+
+    def log_step(self, step: int, total_steps: int, values: dict[str, float]) -> None:
+        """`values` hold loss, learning_rate, grad_norm, samples_per_second and epoch."""
+        self._store("train", step, values)
+        figures = (
+            f"loss {values['loss']:.3f}  lr {values['learning_rate']:.1e}  "
+            f"{values['samples_per_second']:.1f} samples/s"
+        )
+        if self._progress:
+            self._progress.update(self._bar, figures=figures)
+        if not self.console.is_terminal:
+            left = (total_steps - step) * values["seconds_per_step"]
+            self.say(f"step {step}/{total_steps}  {figures}  {left:.0f} s of training left")
+
+    def log_evaluation(self, step: int, history: History) -> None:
+        """Store the last row of `history` and show the whole as a table."""
+        self._store("evaluation", step, {k: v for k, v in history[-1].items() if k != "step"})
+        table = Table("epoch", "step", "train loss", *self.headline.values())
+        for row in history:
+            shown = [row["epoch"], row["step"], row["train_loss"], *(row.get(name) for name in self.headline)]
+            table.add_row(*(_shown(value) for value in shown))
+        self.console.print(table)
+
+    def _store(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        self.run.append_metrics({"kind": kind, "step": step, **values})
+        if self._tensorboard:
+            for name, value in values.items():
+                if value is not None:
+                    self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+            self._tensorboard.flush()
+
+
+def _shown(value: float | None) -> str:
+    return "–" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"

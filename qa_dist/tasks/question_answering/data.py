@@ -1,0 +1,285 @@
+"""Question-answering examples: reading them from files and checking them before anything depends on them."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qa_dist.config import DataConfig
+from qa_dist.errors import UserError, listing
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A question, the text that may answer it, and the accepted answers."""
+
+    id: str
+    question: str
+    context: str
+    answers: tuple[str, ...]
+    """Accepted answer texts; empty when the context does not answer the question."""
+    answer_starts: tuple[int, ...]
+    """Character offset in the context of each answer; -1 where it does not stand there."""
+
+
+@dataclass
+class Examples:
+    """The examples of one split, with what was noticed while reading them."""
+
+    items: list[Example]
+    notes: list[str] = field(default_factory=list)
+    """Counted remarks for the user: what was left out, moved or numbered."""
+
+
+class Record(NamedTuple):
+    """One example as it stands in a file."""
+
+    values: dict[str, Any]
+    place: str
+    """Where it stands, for messages."""
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read SQuAD's nested JSON, a flat JSON list (bare or under "data"), or JSON lines.
+
+    Raises `UserError` for a file that is missing, empty or in none of these forms.
+    """
+    require_readable(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start:,}); convert it to UTF-8") from None
+    if not text.strip():
+        raise UserError(f"{path}: the file is empty")
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        first_line = text.lstrip().split("\n", 1)[0]
+        if _is_json(first_line) and "\n" in text.strip():
+            return list(_json_lines(path, text))
+        raise UserError(f"{path}:{error.lineno}: is not valid JSON: {error.msg} (column {error.colno})") from None
+    if isinstance(document, dict) and {"question", "context"} <= document.keys():
+        document = [document]  # JSON lines with a single line
+    items = document.get("data") if isinstance(document, dict) else document
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise UserError(
+            f"{path}: is JSON, but neither SQuAD's form (data > paragraphs > qas) nor a list of examples with "
+            "id, question, context and answers"
+        )
+    nested = any("paragraphs" in item for item in items)
+    records = list(_nested(path, items)) if nested else list(_flat(path, items))
+    if not records:
+        raise UserError(f"{path}: holds no examples")
+    return records
+
+
+def require_readable(path: Path) -> None:
+    """Raise `UserError` unless `path` is a file that can be read."""
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def _json_lines(path: Path, text: str) -> Iterator[Record]:
+    # split("\n"), not splitlines(): JSON may hold U+2028 and its like inside a line
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: is not valid JSON: {error.msg} (column {error.colno})") from None
+        if not isinstance(values, dict):
+            raise UserError(f"{path}:{number}: is not an example (a JSON object)")
+        yield Record(values, f"{path}, line {number}")
+
+
+def _nested(path: Path, articles: list[Any]) -> Iterator[Record]:
+    for i, article in enumerate(articles):
+        for j, paragraph in enumerate(_list(article, "paragraphs", f"{path}, data[{i}]")):
+            place = f"{path}, data[{i}].paragraphs[{j}]"
+            for k, question in enumerate(_list(paragraph, "qas", place)):
+                if not isinstance(question, dict):
+                    raise UserError(f"{place}.qas[{k}]: is not an object")
+                yield Record({"context": paragraph.get("context"), **question}, f"{place}.qas[{k}]")
+
+
+def _list(parent: Any, key: str, place: str) -> list[Any]:
+    value = parent.get(key) if isinstance(parent, dict) else None
+    if not isinstance(value, list):
+        raise UserError(f"{place}: has no list {key!r}")
+    return value
+
+
+def _flat(path: Path, items: list[Any]) -> Iterator[Record]:
+    for i, item in enumerate(items):
+        yield Record(item, f"{path}, example {i + 1}")
+
+
+# ----------------------------------------------------------------------------------------------- checking
+
+
+def check_records(records: Sequence[Record], config: DataConfig, name: str, training: bool) -> Examples:
+    """Turn records into examples, or raise one `UserError` that lists all that is wrong with them.
+
+    Where `config` says so, misaligned answers are dropped or moved, and unanswerable questions dropped; what
+    was done is counted in the notes. In validation data an answer's text counts for the score even when its
+    offset is wrong; only the training label needs the offset.
+    """
+    wrong: dict[str, list[str]] = defaultdict(list)
+    notes: list[str] = []
+    ids = _ids(records, wrong, notes)
+    examples = []
+    for record, example_id in zip(records, ids, strict=True):
+        example = _example(record, example_id, wrong)
+        if example is not None:
+            examples.append(example)
+    for example_id, count in Counter(ids).items():
+        if count > 1:
+            wrong["the id is given to more than one example"].append(f"{example_id!r} ({count} times)")
+    examples = _align(examples, config, training, wrong, notes)
+    examples = _without_unanswerable(examples, config, wrong, notes)
+    if wrong:
+        lines = [f"  - {what}: {len(where):,} ({listing(where)})" for what, where in wrong.items()]
+        raise UserError(f"{name}: the examples cannot be used:\n" + "\n".join(lines))
+    if not examples:
+        raise UserError(f"{name}: no example is left" + "".join(f"; {note}" for note in notes))
+    return Examples(examples, notes)
+
+
+def _ids(records: Sequence[Record], wrong: dict[str, list[str]], notes: list[str]) -> list[str]:
+    if not any("id" in record.values for record in records):
+        notes.append(f"no example has an id: numbered 0 to {len(records) - 1:,}")
+        return [str(i) for i in range(len(records))]
+    ids = []
+    for record in records:
+        value = record.values.get("id")
+        if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+            wrong["there is no id (a text or a whole number)"].append(record.place)
+        ids.append(str(value) if value is not None else record.place)
+    return ids
+
+
+def _example(record: Record, example_id: str, wrong: dict[str, list[str]]) -> Example | None:
+    values, where = record.values, f"{example_id!r} in {record.place}"
+    good = True
+    for key in ("question", "context"):
+        text = values.get(key)
+        if not isinstance(text, str) or not text.strip():
+            wrong[f"the {key} is missing, empty or not a text"].append(where)
+            good = False
+    answers: list[tuple[str, int]] = []
+    if not values.get("is_impossible"):
+        try:
+            answers = _answers(values)
+        except ValueError as error:
+            wrong[str(error)].append(where)
+            good = False
+    if not good:
+        return None
+    texts, starts = tuple(text for text, _ in answers), tuple(start for _, start in answers)
+    return Example(example_id, values["question"], values["context"], texts, starts)
+
+
+def _answers(values: dict[str, Any]) -> list[tuple[str, int]]:
+    """(text, start) pairs from a list of {text, answer_start} or from {text: [...], answer_start: [...]}."""
+    if "answers" not in values:
+        raise ValueError("there is no field answers")
+    answers = values["answers"] or []
+    if isinstance(answers, dict):
+        texts, starts = answers.get("text", []), answers.get("answer_start", [])
+        if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+            raise ValueError("answers.text and answers.answer_start are not lists of the same length")
+        answers = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
+    pairs = []
+    for answer in answers:
+        text = answer.get("text") if isinstance(answer, dict) else None
+        start = answer.get("answer_start") if isinstance(answer, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError("an answer has no text")
+        if isinstance(start, bool) or not isinstance(start, int):
+            raise ValueError("an answer has no answer_start (a whole number)")
+        pairs.append((text, start))
+    return pairs
+
+
+def _align(
+    examples: list[Example],
+    config: DataConfig,
+    training: bool,
+    wrong: dict[str, list[str]],
+    notes: list[str],
+) -> list[Example]:
+    """Make sure that every answer start points at its text, as `data.on_misaligned` says."""
+    result, misaligned, moved, dropped = [], [], 0, 0
+    for example in examples:
+        starts = tuple(
+            start if start >= 0 and example.context.startswith(text, start) else -1
+            for text, start in zip(example.answers, example.answer_starts, strict=True)
+        )
+        if starts != example.answer_starts:
+            misaligned.append(repr(example.id))
+            if config.on_misaligned == "repair":
+                starts = tuple(
+                    start if start >= 0 else _nearest(example.context, text, given)
+                    for text, start, given in zip(example.answers, starts, example.answer_starts, strict=True)
+                )
+                moved += min(starts) >= 0
+            if training and max(starts) < 0:
+                dropped += 1
+                continue
+            example = replace(example, answer_starts=starts)
+        result.append(example)
+    if misaligned and config.on_misaligned == "error":
+        what = (
+            "an answer_start does not point at its text (--data.on_misaligned repair moves it to the nearest "
+            "place where the text stands, drop leaves it out)"
+        )
+        wrong[what] += misaligned
+        return result
+    if misaligned:
+        ids = f"{len(misaligned):,} examples with misaligned answers ({listing(misaligned)})"
+        notes.append(f"{ids}: {moved:,} repaired, {dropped:,} left out")
+    return result
+
+
+def _nearest(context: str, text: str, start: int) -> int:
+    """The place nearest to `start` where `text` stands in `context`, or -1."""
+    places = []
+    place = context.find(text)
+    while place >= 0:
+        places.append(place)
+        place = context.find(text, place + 1)
+    return min(places, key=lambda p: abs(p - start), default=-1)
+
+
+def _without_unanswerable(
+    examples: list[Example], config: DataConfig, wrong: dict[str, list[str]], notes: list[str]
+) -> list[Example]:
+    ids = [repr(example.id) for example in examples if not example.answers]
+    if not ids or config.unanswerable == "allow":
+        return examples
+    if config.unanswerable == "error":
+        what = (
+            "the question has no answer (--data.unanswerable allow learns to predict that, as in SQuAD 2.0; "
+            "drop leaves such questions out)"
+        )
+        wrong[what] += ids
+        return examples
+    notes.append(f"{len(ids):,} questions without an answer left out")
+    return [example for example in examples if example.answers]

@@ -1,0 +1,294 @@
+"""Windows of question and context that a model can read, with the positions of the answer in them.
+
+Contexts repeat (in SQuAD some five questions share one), so every distinct question and context is encoded
+once, and the windows are cut from the arrays. The result equals the tokenizer's own overflowing windows, id for
+id and offset for offset.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from qa_dist.errors import UserError, listing
+from qa_dist.tasks.question_answering.data import Example
+from qa_dist.tasks.ragged import Ragged, ranges
+from qa_dist.tasks.task import Batch, FeatureSet
+
+WINDOWS_PER_CHUNK = 20_000
+"""Windows assembled at a time; bounds the memory that building features needs beside the result."""
+CHARACTERS_PER_TEXT = 2**32
+"""Offset between the character positions of two contexts when all are searched as one array."""
+
+
+@dataclass(frozen=True)
+class PairTemplate:
+    """How a tokenizer lays out a pair of texts: special tokens before, between and behind them."""
+
+    ids: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    """Special tokens before the first text, between the two, and behind the second."""
+    types: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    """Token types of those special tokens."""
+    text_types: tuple[int, int]
+    """Token types of the first and of the second text."""
+    question_first: bool
+    """Whether the question is the first text; families that pad on the left put the context first."""
+    cls: int
+    """Place of the classification token: from the start, or from the end when negative."""
+
+    @property
+    def num_special(self) -> int:
+        return sum(len(part) for part in self.ids)
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "PairTemplate":
+        """Read the layout off a probe."""
+        probe = tokenizer("a", "a", return_token_type_ids=True, verbose=False)
+        ids, types, sequences = probe["input_ids"], probe["token_type_ids"], probe.sequence_ids(0)
+        first = [i for i, sequence in enumerate(sequences) if sequence == 0]
+        second = [i for i, sequence in enumerate(sequences) if sequence == 1]
+        if not first or not second:
+            raise UserError(f"the tokenizer of {tokenizer.name_or_path!r} does not encode pairs of texts")
+        parts = (slice(0, first[0]), slice(first[-1] + 1, second[0]), slice(second[-1] + 1, None))
+        marker = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
+        place = ids.index(marker) if marker in ids else 0
+        a, b, c = (tuple(ids[part]) for part in parts)
+        ta, tb, tc = (tuple(types[part]) for part in parts)
+        return cls(
+            ids=(a, b, c),
+            types=(ta, tb, tc),
+            text_types=(types[first[0]], types[second[0]]),
+            question_first=tokenizer.padding_side == "right",
+            cls=place if place < first[0] else place - len(ids),
+        )
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """Distinct texts as tokens, without special tokens."""
+
+    ids: Ragged
+    """Token ids of each text."""
+    starts: npt.NDArray[np.int64]
+    """First character of every token, in its own text; laid out as `ids.values`."""
+    ends: npt.NDArray[np.int64]
+    """One past the last character of every token."""
+
+
+def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> EncodedTexts:
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    lengths = np.array([len(ids) for ids in encoded["input_ids"]], dtype=np.int64)
+    total = int(lengths.sum())
+    values = np.fromiter((i for ids in encoded["input_ids"] for i in ids), dtype=np.int32, count=total)
+    offsets = np.fromiter(
+        (place for row in encoded["offset_mapping"] for pair in row for place in pair), np.int64, count=2 * total
+    ).reshape(-1, 2)
+    return EncodedTexts(Ragged.from_lengths(values, lengths), offsets[:, 0], offsets[:, 1])
+
+
+def build_features(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int, stride: int
+) -> pa.Table:
+    """One row per window of every example, in order.
+
+    Columns: `example` (position in `examples`), `input_ids` and, where the model reads them, `token_type_ids`
+    (without padding), `context_begin` and `context_end` (the window's context tokens, as positions in
+    `input_ids`), `cls` (position of the classification token), `start_position` and `end_position` (first and
+    last token of the answer; both `cls` where the window does not hold it whole), `char_starts` and `char_ends`
+    (characters of each context token, in the context).
+
+    Raises `UserError` when a question leaves no room for its context.
+    """
+    template = PairTemplate.of(tokenizer)
+    question_rows, questions = _distinct([example.question for example in examples])
+    context_rows, contexts = _distinct([example.context for example in examples])
+    encoded_questions, encoded_contexts = encode(questions, tokenizer), encode(contexts, tokenizer)
+    question_lengths = encoded_questions.ids.lengths[question_rows]
+    context_lengths = encoded_contexts.ids.lengths[context_rows]
+    room = max_length - template.num_special - question_lengths
+    cut = context_lengths > room
+    _require_room(examples, question_lengths, (room < 1) | (cut & (room <= stride)), max_length, stride, template)
+
+    # a window starts every (room - stride) tokens until one reaches the context's end
+    step = np.where(cut, room - stride, 1)
+    windows = np.where(cut, 1 + -(-(context_lengths - room) // step), 1)
+    owner = np.repeat(np.arange(len(examples)), windows)
+    begin = ranges(np.zeros(len(examples), dtype=np.int64), windows) * step[owner]
+    end = np.minimum(begin + room[owner], context_lengths[owner])
+    first, last = _answer_tokens(examples, context_rows, encoded_contexts)
+    held = (first[owner] >= begin) & (last[owner] < end)
+
+    with_types = "token_type_ids" in tokenizer.model_input_names
+    tables = []
+    for chunk in np.array_split(np.arange(len(owner)), -(-len(owner) // WINDOWS_PER_CHUNK)):
+        question, context = question_rows[owner[chunk]], context_rows[owner[chunk]]
+        source = encoded_contexts.ids.offsets[context] + begin[chunk]
+        size = end[chunk] - begin[chunk]
+        ids, types, context_begin = _assemble(template, encoded_questions.ids, question, encoded_contexts.ids, source, size)
+        cls = np.where(template.cls < 0, ids.lengths + template.cls, template.cls)
+        shift = context_begin - begin[chunk]
+        tokens = ranges(source, size)
+        columns = {
+            "example": pa.array(owner[chunk].astype(np.int32)),
+            "input_ids": ids.to_arrow(),
+            "context_begin": pa.array(context_begin.astype(np.int32)),
+            "context_end": pa.array((context_begin + size).astype(np.int32)),
+            "cls": pa.array(cls.astype(np.int32)),
+            "start_position": pa.array(np.where(held[chunk], first[owner[chunk]] + shift, cls).astype(np.int32)),
+            "end_position": pa.array(np.where(held[chunk], last[owner[chunk]] + shift, cls).astype(np.int32)),
+            "char_starts": Ragged.from_lengths(encoded_contexts.starts[tokens].astype(np.int32), size).to_arrow(),
+            "char_ends": Ragged.from_lengths(encoded_contexts.ends[tokens].astype(np.int32), size).to_arrow(),
+        }
+        if with_types:
+            columns["token_type_ids"] = types.to_arrow()
+        tables.append(pa.table(columns))
+    return pa.concat_tables(tables)
+
+
+def _distinct(texts: list[str]) -> tuple[npt.NDArray[np.int64], list[str]]:
+    """For each text its row among the distinct ones, and the distinct ones."""
+    rows: dict[str, int] = {}
+    places = np.fromiter((rows.setdefault(text, len(rows)) for text in texts), np.int64, count=len(texts))
+    return places, list(rows)
+
+
+def _require_room(
+    examples: Sequence[Example],
+    question_lengths: npt.NDArray[np.int64],
+    too_long: npt.NDArray[np.bool_],
+    max_length: int,
+    stride: int,
+    template: PairTemplate,
+) -> None:
+    if not too_long.any():
+        return
+    places = np.flatnonzero(too_long)
+    worst = [f"{examples[i].id!r} ({question_lengths[i]:,} tokens)" for i in places]
+    most = max_length - template.num_special - stride - 1
+    raise UserError(
+        f"{len(places):,} questions leave no room for their context: {listing(worst)}. With data.max_length "
+        f"{max_length} and data.stride {stride} a question may have {max(most, 0)} tokens: shorten the questions, "
+        "raise data.max_length or lower data.stride"
+    )
+
+
+def _answer_tokens(
+    examples: Sequence[Example], context_rows: npt.NDArray[np.int64], contexts: EncodedTexts
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """First and last token (in the whole context) that the example's first usable answer touches.
+
+    Where there is none, first is -1, so that no window holds it. Shapes: [num_examples] each.
+    """
+    spans = np.full((len(examples), 2), -1, dtype=np.int64)
+    for i, example in enumerate(examples):
+        for text, start in zip(example.answers, example.answer_starts, strict=True):
+            if start >= 0:
+                begin = start + len(text) - len(text.lstrip())  # spaces at the edges belong to no token
+                spans[i] = begin, begin + len(text.strip())
+                break
+    # One search over all contexts: shift the characters of each context into a range of its own. The running
+    # maximum keeps the order where a tokenizer gives several tokens the same characters.
+    lengths = contexts.ids.lengths
+    base = np.repeat(np.arange(len(lengths)) * CHARACTERS_PER_TEXT, lengths)
+    ends = np.maximum.accumulate(contexts.ends + base) if len(base) else base
+    starts = np.maximum.accumulate(contexts.starts + base) if len(base) else base
+    own = context_rows * CHARACTERS_PER_TEXT
+    offset = contexts.ids.offsets[context_rows]
+    first = np.searchsorted(ends, spans[:, 0] + own, side="right") - offset
+    last = np.searchsorted(starts, spans[:, 1] + own, side="left") - 1 - offset
+    nothing = (spans[:, 0] < 0) | (last < first) | (first >= lengths[context_rows])
+    return np.where(nothing, -1, first), np.where(nothing, -1, last)
+
+
+def _assemble(
+    template: PairTemplate,
+    questions: Ragged,
+    question: npt.NDArray[np.int64],
+    contexts: Ragged,
+    source: npt.NDArray[np.int64],
+    size: npt.NDArray[np.int64],
+) -> tuple[Ragged, Ragged, npt.NDArray[np.int64]]:
+    """Put windows together: token ids, token types, and where the context begins in each.
+
+    `question` is each window's row in `questions`; its context tokens are the `size` ones from `source` on in
+    `contexts.values`. Shapes: [windows] each.
+    """
+    question_part = (questions.values, questions.offsets[question], questions.lengths[question])
+    context_part = (contexts.values, source, size)
+    texts = [question_part, context_part] if template.question_first else [context_part, question_part]
+    lengths = template.num_special + question_part[2] + size
+    ids = Ragged.from_lengths(np.empty(int(lengths.sum()), dtype=np.int32), lengths)
+    types = Ragged.from_lengths(np.empty(len(ids.values), dtype=np.int8), lengths)
+    place = ids.offsets[:-1].copy()
+    context_begin = np.zeros(len(size), dtype=np.int64)
+    for part in range(3):
+        for token, token_type in zip(template.ids[part], template.types[part], strict=True):
+            ids.values[place], types.values[place] = token, token_type
+            place += 1
+        if part < 2:
+            values, begin, length = texts[part]
+            if values is contexts.values:
+                context_begin = place - ids.offsets[:-1]
+            target = ranges(place, length)
+            ids.values[target] = values[ranges(begin, length)]
+            types.values[target] = template.text_types[part]
+            place += length
+    return ids, types, context_begin
+
+
+class HasNotes(Protocol):
+    """Where the examples came from."""
+
+    @property
+    def notes(self) -> list[str]: ...
+
+
+class QuestionAnsweringFeatures(FeatureSet):
+    """Windows in memory (mapped from the cache), ready to be collated."""
+
+    def __init__(self, table: datasets.Dataset, pad_token_id: int, pad_token_type_id: int, source: HasNotes):
+        columns = table.data
+        self._source = source
+        self.input_ids = Ragged.from_arrow(columns.column("input_ids"))
+        self.lengths = self.input_ids.lengths
+        self.char_starts = Ragged.from_arrow(columns.column("char_starts"))
+        self.char_ends = Ragged.from_arrow(columns.column("char_ends"))
+        self.example = columns.column("example").to_numpy()
+        """Position of each window's example, [num_features]."""
+        self.scalars = {
+            name: columns.column(name).to_numpy().astype(np.int64)
+            for name in ("context_begin", "context_end", "cls", "start_position", "end_position")
+        }
+        self.padding = {"input_ids": pad_token_id}
+        self.token_lists = {"input_ids": self.input_ids}
+        if "token_type_ids" in table.column_names:
+            self.token_lists["token_type_ids"] = Ragged.from_arrow(columns.column("token_type_ids"))
+            self.padding["token_type_ids"] = pad_token_type_id
+
+    @property
+    def notes(self) -> list[str]:
+        return self._source.notes
+
+    def collate(self, indices: npt.NDArray[np.integer]) -> Batch:
+        lengths = self.lengths[indices]
+        width = -(-int(lengths.max()) // 8) * 8
+        inputs = {
+            name: torch.from_numpy(rows.padded(indices, width, self.padding[name]))
+            for name, rows in self.token_lists.items()
+        }
+        inputs["attention_mask"] = torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64))
+        targets = {name: torch.from_numpy(values[indices]) for name, values in self.scalars.items()}
+        return Batch(inputs, targets, torch.from_numpy(np.asarray(indices, dtype=np.int64)))

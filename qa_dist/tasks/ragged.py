@@ -1,0 +1,64 @@
+"""Rows of different lengths in one flat array, the form in which Arrow keeps lists."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+IntArray = npt.NDArray[np.integer]
+
+
+def ranges(starts: IntArray, lengths: IntArray) -> npt.NDArray[np.int64]:
+    """`starts[0], starts[0] + 1, …` for `lengths[0]` items, then the same for the next one, as one array.
+
+    Shapes: starts [n], lengths [n], result [lengths.sum()].
+    """
+    lengths = lengths.astype(np.int64)
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total, dtype=np.int64) + np.repeat(starts - (ends - lengths), lengths)
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """A list of rows: row i is `values[offsets[i] : offsets[i + 1]]`."""
+
+    values: npt.NDArray[np.integer]
+    """Shape [total]."""
+    offsets: npt.NDArray[np.int64]
+    """Shape [rows + 1]."""
+
+    @classmethod
+    def from_lengths(cls, values: npt.NDArray[np.integer], lengths: IntArray) -> "Ragged":
+        return cls(values, np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
+
+    @classmethod
+    def from_arrow(cls, column: pa.ChunkedArray) -> "Ragged":
+        """Without a copy where the column is one chunk, as it is in a memory-mapped file of one batch."""
+        array = column.combine_chunks()
+        if isinstance(array, pa.ChunkedArray):
+            array = array.chunk(0) if array.num_chunks else pa.array([], type=array.type)
+        offsets = array.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
+        return cls(array.values.to_numpy(zero_copy_only=False), offsets)
+
+    def to_arrow(self) -> pa.ListArray:
+        return pa.ListArray.from_arrays(pa.array(self.offsets.astype(np.int32)), pa.array(self.values))
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        return np.diff(self.offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> npt.NDArray[np.integer]:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    def padded(self, rows: IntArray, width: int, fill: int) -> npt.NDArray[np.int64]:
+        """`rows` as a matrix [len(rows), width], filled up on the right."""
+        result = np.full((len(rows), width), fill, dtype=np.int64)
+        lengths = self.lengths[rows]
+        places = ranges(np.arange(len(rows), dtype=np.int64) * width, lengths)
+        result.reshape(-1)[places] = self.values[ranges(self.offsets[rows], lengths)]
+        return result

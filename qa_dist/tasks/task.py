@@ -1,0 +1,97 @@
+"""The seam between the training system and what is being learned.
+
+The training loop, the evaluation, the checkpoints and the reports know a task by these classes alone.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class Batch:
+    """Features padded to one length, a multiple of 8 tokens."""
+
+    inputs: dict[str, Tensor]
+    """Arguments of the model's forward pass, each [features, length]."""
+    targets: dict[str, Tensor]
+    """What loss and outputs need beside the model's output, each [features]."""
+    index: Tensor
+    """Positions of the features in their set, int64, [features]."""
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(
+            {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()},
+            {name: tensor.to(device, non_blocking=True) for name, tensor in self.targets.items()},
+            self.index.to(device, non_blocking=True),
+        )
+
+
+class FeatureSet(ABC):
+    """The model-ready windows of one split."""
+
+    lengths: npt.NDArray[np.int64]
+    """Tokens of each feature, without padding, [num_features]."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    @abstractmethod
+    def notes(self) -> list[str]:
+        """Remarks for the user on how the examples were read. Reads them, if no one has yet."""
+
+    @abstractmethod
+    def collate(self, indices: npt.NDArray[np.integer]) -> Batch:
+        """The features at `indices` as one batch, in that order."""
+
+
+@dataclass
+class Score:
+    """What an evaluation found."""
+
+    metrics: dict[str, float]
+    """Name -> value; the first ones are the task's headline figures."""
+    files: dict[str, Any] = field(default_factory=dict)
+    """File name -> JSON content for the run directory, such as the predictions."""
+
+
+class Task(ABC):
+    """One kind of problem: its data, its loss, its outputs and its score."""
+
+    name: ClassVar[str]
+    auto_model: ClassVar[Any]
+    """The transformers Auto class whose models have the right head."""
+    best_metric: ClassVar[str]
+    """The metric by which epochs are compared; higher is better."""
+    headline: ClassVar[dict[str, str]]
+    """Metric -> how the console calls it, for the table of epochs."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    @abstractmethod
+    def features(self, split: str) -> FeatureSet | None:
+        """The features of "train" or "validation", from the cache where they are there; None where the config
+        names no such data. Raises `UserError` for data that cannot be used."""
+
+    @abstractmethod
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        """The loss of every feature, float32, [features]; independent of padding and of the other features."""
+
+    @abstractmethod
+    def outputs(self, output: Any, batch: Batch) -> dict[str, Tensor]:
+        """What evaluation keeps of the model's output: each [features, …], the same shape for every batch."""
+
+    @abstractmethod
+    def score(self, outputs: dict[str, npt.NDArray[Any]], features: FeatureSet) -> Score:
+        """Score the `outputs` of all features, in the order of `features`. Called on the main process only."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """The settings, in the form of the config, that whoever uses the trained model needs to use again."""

@@ -1,0 +1,94 @@
+"""Which features are trained on together, and on which process: pure functions of lengths, seed and epoch.
+
+Nothing here knows the number of processes until `shard`, so a global batch is the same set of features on every
+world size; only its division differs.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Indices = npt.NDArray[np.int64]
+
+POOL = 50
+"""Global batches whose features are sorted by length together. Larger pools pad less; smaller ones leave more to
+chance which features meet in a batch."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one process takes through the model at once."""
+
+    indices: Indices
+    """Positions of the features, [features]; never empty."""
+    weight: float
+    """1, or 0 for a filler: a feature run only because the other processes wait for this one."""
+
+
+def plan_epoch(
+    lengths: npt.NDArray[np.integer], *, seed: int, epoch: int, global_batch_size: int, group_by_length: bool = True
+) -> list[Indices]:
+    """The global batches of an epoch, in order; every feature is in exactly one of them.
+
+    `lengths` [num_features] are in tokens. All batches hold `global_batch_size` features but the last, which
+    holds what is left. With `group_by_length` the features of a batch have similar lengths: the shuffled epoch
+    is divided into pools of 50 batches, each pool sorted by length and cut into batches, and the batches
+    shuffled.
+    """
+    num_full = len(lengths) // global_batch_size
+    order, batch_order = _shuffled(len(lengths), seed, epoch, 0), _shuffled(num_full, seed, epoch, 1)
+    full = num_full * global_batch_size
+    # The short batch is drawn before anything is sorted, so that it is as random as the others.
+    rest, order = order[full:], order[:full]
+    if group_by_length:
+        size = POOL * global_batch_size
+        pools = [order[at : at + size] for at in range(0, full, size)]
+        order = np.concatenate([pool[np.argsort(-lengths[pool], kind="stable")] for pool in pools] or [order])
+    batches = list(order.reshape(-1, global_batch_size)[batch_order])
+    return [*batches, rest] if len(rest) else batches
+
+
+def _shuffled(count: int, *seeds: int) -> Indices:
+    """A random order of `count` things. NumPy keeps the raw output of a bit generator the same in every version,
+    which it does not promise for `Generator.permutation`; a run may be resumed with another version."""
+    keys = np.random.PCG64(np.random.SeedSequence(seeds)).random_raw(count)
+    return np.argsort(keys, kind="stable")
+
+
+def num_batches(num_features: int, global_batch_size: int) -> int:
+    """Optimizer steps per epoch."""
+    return -(-num_features // global_batch_size)
+
+
+def shard(
+    batch: Indices, lengths: npt.NDArray[np.integer], *, rank: int, world_size: int, micro_batch_size: int
+) -> list[MicroBatch]:
+    """The part of a global batch that `rank` computes, as micro-batches of at most `micro_batch_size` features.
+
+    The features, longest first, are divided into as few accumulation steps as will do, so that those of one step
+    have similar lengths, and dealt out to the ranks to and fro (0 1 2 2 1 0 …), so that in every step all ranks
+    have about the same number of tokens. All ranks get the same number of micro-batches; a rank for which no
+    feature is left gets a filler of weight zero.
+    """
+    batch = batch[np.argsort(-lengths[batch], kind="stable")]
+    steps = -(-len(batch) // (world_size * micro_batch_size))
+    result = []
+    for step in np.array_split(batch, steps):
+        position = np.arange(len(step))
+        lap, place = position // world_size, position % world_size
+        owner = np.where(lap % 2 == 0, place, world_size - 1 - place)
+        own = step[owner == rank]
+        # the shortest feature is the cheapest filler
+        result.append(MicroBatch(own, 1.0) if len(own) else MicroBatch(step[-1:], 0.0))
+    return result
+
+
+def evaluation_batches(lengths: npt.NDArray[np.integer], batch_size: int) -> list[Indices]:
+    """Batches for evaluation, longest features first, so that running out of memory shows at once.
+
+    They do not depend on the number of processes: each runs whole batches, so that every feature is computed in
+    the same company, and to the same last bit, on any world size.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]

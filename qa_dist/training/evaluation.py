@@ -1,0 +1,80 @@
+"""Evaluation over all ranks, in which each feature counts exactly once."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from qa_dist.tasks.task import FeatureSet, Score, Task
+from qa_dist.training.batching import evaluation_batches
+from qa_dist.training.engine import Engine
+
+Outputs = dict[str, npt.NDArray[Any]]
+
+
+def evaluate(engine: Engine, task: Task, features: FeatureSet, batch_size: int) -> Score:
+    """Run the model over all features and score what it says. The main process scores; every rank gets the
+    metrics, only the main process the files."""
+    outputs = collect(engine, task, features, batch_size)
+    score = Score({})
+    if engine.is_main:
+        loss = float(outputs.pop("loss").astype(np.float64).mean())
+        score = task.score(outputs, features)
+        score.metrics["loss"] = loss
+    score.metrics = engine.broadcast(score.metrics)
+    return score
+
+
+def collect(engine: Engine, task: Task, features: FeatureSet, batch_size: int) -> Outputs:
+    """The task's outputs and the loss of every feature, in the order of `features`, each [num_features, …].
+
+    On the main process; the others return empty arrays. Raises `RuntimeError` if a feature is missing or came
+    twice, which would be a bug.
+    """
+    batches = evaluation_batches(features.lengths, batch_size)
+    placed = _Placed(len(features))
+    engine.model.eval()
+    for first in range(0, len(batches), engine.world_size):
+        # In the last round there may be fewer batches than ranks. All must still run, and together, since a
+        # sharded model is gathered for each forward pass: the surplus ranks start again from the first batch.
+        real = min(engine.world_size, len(batches) - first)
+        batch = features.collate(batches[(first + engine.rank) % len(batches)]).to(engine.device)
+        with torch.no_grad():
+            output = engine.model(**batch.inputs)
+            rows = {**task.outputs(output, batch), "loss": task.loss(output, batch)}
+        index = engine.gather_rows(batch.index, fill=-1)[:real].flatten()
+        gathered = {name: engine.gather_rows(tensor, fill=0)[:real].flatten(0, 1) for name, tensor in rows.items()}
+        if engine.is_main:
+            placed.add(index, gathered)
+    engine.model.train()
+    if engine.is_main:
+        placed.require_complete()
+    return placed.arrays
+
+
+class _Placed:
+    """Rows put where their feature's index says, and counted."""
+
+    def __init__(self, num_features: int):
+        self.arrays: Outputs = {}
+        self.count = np.zeros(num_features, dtype=np.int64)
+
+    def add(self, index: Tensor, rows: dict[str, Tensor]) -> None:
+        """`index` [n] is -1 for rows that only fill up a rank's share; `rows` are [n, …]."""
+        is_row = index >= 0
+        places = index[is_row].cpu().numpy()
+        np.add.at(self.count, places, 1)
+        for name, tensor in rows.items():
+            values = tensor[is_row].cpu().numpy()
+            if name not in self.arrays:
+                self.arrays[name] = np.zeros((len(self.count), *values.shape[1:]), dtype=values.dtype)
+            self.arrays[name][places] = values
+
+    def require_complete(self) -> None:
+        if (self.count != 1).any():
+            missing, repeated = int((self.count == 0).sum()), int((self.count > 1).sum())
+            raise RuntimeError(
+                f"evaluation lost {missing} of {len(self.count)} features and counted {repeated} more than once"
+            )

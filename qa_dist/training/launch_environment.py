@@ -1,0 +1,62 @@
+"""What Accelerate's launcher has put into the environment, read before any process group exists."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from qa_dist.config import RunConfig
+from qa_dist.config_sources import Problem
+
+
+@dataclass(frozen=True)
+class LaunchEnvironment:
+    """How this process was started. Without a launcher: alone, on whatever device there is."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    use_deepspeed: bool
+    zero_stage: int
+    mixed_precision: str
+    """no, fp16 or bf16."""
+    on_cpu: bool
+    """Whether the run is to use the CPU: because it was asked for, or because there is nothing else."""
+
+    @classmethod
+    def read(cls) -> "LaunchEnvironment":
+        get = os.environ.get
+        return cls(
+            rank=int(get("RANK", "0")),
+            local_rank=int(get("LOCAL_RANK", "0")),
+            world_size=int(get("WORLD_SIZE", "1")),
+            use_deepspeed=get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true",
+            zero_stage=int(get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")),
+            mixed_precision=get("ACCELERATE_MIXED_PRECISION", "no").lower(),
+            on_cpu=get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
+            or not torch.accelerator.is_available(),
+        )
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def problems(self, config: RunConfig) -> list[Problem]:
+        """What about the launch does not fit this machine, or the config."""
+        problems = []
+        if self.mixed_precision == "fp16" and self.on_cpu:
+            problems.append(
+                Problem(
+                    (),
+                    "mixed_precision: fp16 (from the launch config) does not exist on a CPU; set it to bf16 or no",
+                )
+            )
+        if config.train.global_batch_size < self.world_size:
+            problems.append(
+                Problem(
+                    ("train.global_batch_size",),
+                    f"train.global_batch_size: {config.train.global_batch_size} is less than one window for each of "
+                    f"the {self.world_size} processes; raise it, or start fewer processes",
+                )
+            )
+        return problems

@@ -1,0 +1,265 @@
+"""Training: epochs and steps.
+
+`train` reads as the story of a run. Who owns what: the plan of an epoch is a pure function (`batching`), the
+engine owns the model and the optimizer, the run directory owns the files, and `Progress` holds the few numbers
+that change.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from qa_dist.checkpoint.state import full_weights
+from qa_dist.config import RunConfig
+from qa_dist.config_sources import to_yaml
+from qa_dist.errors import TrainingError, UserError
+from qa_dist.reporting.run_directory import RunDirectory, StoppedError
+from qa_dist.reporting.tracker import History, Tracker
+from qa_dist.tasks import load_task
+from qa_dist.tasks.task import FeatureSet, Score, Task
+from qa_dist.training.batching import Indices, num_batches, plan_epoch, shard
+from qa_dist.training.engine import Engine, seed_step
+from qa_dist.training.evaluation import evaluate
+from qa_dist.training.export import export_model
+from qa_dist.training.launch_environment import LaunchEnvironment
+from qa_dist.training.models import build_model
+from qa_dist.training.preemption import StopRequest
+from qa_dist.training.schedule import learning_rate
+
+
+@dataclass
+class Progress:
+    """The numbers that change while a run goes on."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    train_seconds: float = 0.0
+    """Time spent in training steps, without evaluation."""
+    history: History = field(default_factory=list)
+    """One row per evaluation, or per epoch where nothing is evaluated."""
+    exported_epoch: int | None = None
+    """The epoch whose weights lie in model/."""
+
+
+@dataclass
+class Window:
+    """Sums since the last logged step."""
+
+    loss: float = 0.0
+    steps: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+
+
+def train(config: RunConfig, launch: LaunchEnvironment) -> None:
+    """Train and evaluate as `config` says, and leave the results in the run directory.
+
+    Raises `UserError` for what the user can mend, and `StoppedError` after a signal.
+    """
+    engine = Engine(launch)
+    run = RunDirectory(config.output_dir, engine.is_main)
+    stop = StopRequest()
+    with stop.listening(), run.recorded(to_yaml(config)):
+        task = engine.local_main_first(lambda: load_task(config))
+        training_set = engine.local_main_first(lambda: task.features("train"))
+        validation_set = engine.local_main_first(lambda: task.features("validation"))
+        assert training_set is not None  # the config's checks saw to that
+        model, notes = engine.local_main_first(lambda: build_model(config, task))
+        tracker = Tracker(run, task.headline)
+        _introduce(tracker, engine, model, notes, {"training": training_set, "validation": validation_set})
+        engine.prepare(model, config.train)
+        _Training(config, engine, task, run, tracker, stop, training_set, validation_set).fit()
+    engine.close()
+
+
+def _introduce(
+    tracker: Tracker, engine: Engine, model: torch.nn.Module, notes: list[str], sets: dict[str, FeatureSet | None]
+) -> None:
+    if not engine.is_main:
+        return
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    tracker.say(f"{engine.description}; {parameters / 1e6:.1f} M parameters")
+    for note in notes:
+        tracker.say(f"model: {note}")
+    for name, features in sets.items():
+        if features is None:
+            tracker.say(f"{name}: none")
+            continue
+        lengths = features.lengths
+        tracker.say(f"{name}: {len(features):,} windows, {lengths.mean():.0f} tokens on average, {lengths.max()} at most")
+        for note in features.notes:
+            tracker.say(f"{name}: note: {note}")
+
+
+@dataclass
+class _Training:
+    config: RunConfig
+    engine: Engine
+    task: Task
+    run: RunDirectory
+    tracker: Tracker
+    stop: StopRequest
+    training_set: FeatureSet
+    validation_set: FeatureSet | None
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        settings = self.config.train
+        self.steps_per_epoch = num_batches(len(self.training_set), settings.global_batch_size)
+        self.total_steps = settings.epochs * self.steps_per_epoch
+        share = -(-settings.global_batch_size // self.engine.world_size)
+        self.micro_batch_size = min(settings.micro_batch_size or share, share)
+
+    def fit(self) -> None:
+        with self.tracker.training(self.total_steps):
+            if self.config.evaluation.at_start and self.validation_set is not None:
+                self._evaluate(epoch=0, train_loss=None)
+            for epoch in range(1, self.config.train.epochs + 1):
+                train_loss = self._train_epoch(epoch)
+                score = self._evaluate(epoch, train_loss)
+                if self.config.run.export == "last" or self._is_best():
+                    self._export(epoch, score)
+                self._write_metrics()
+        self.tracker.say(f"done: {self.run.path}")
+
+    def _train_epoch(self, epoch: int) -> float:
+        """Run an epoch's steps. Returns the mean loss over them."""
+        settings = self.config.train
+        batches = plan_epoch(
+            self.training_set.lengths,
+            seed=settings.seed,
+            epoch=epoch,
+            global_batch_size=settings.global_batch_size,
+            group_by_length=settings.group_by_length,
+        )
+        total_loss, window = 0.0, Window()
+        for batch in batches:
+            started = time.perf_counter()
+            rate = learning_rate(self.progress.step, self.total_steps, settings)
+            loss, grad_norm = self._train_step(batch, rate)
+            seconds = time.perf_counter() - started
+            self.progress.step += 1
+            self.run.step = self.progress.step
+            self.progress.train_seconds += seconds
+            total_loss += loss
+            window = Window(
+                window.loss + loss, window.steps + 1, window.samples + len(batch), window.seconds + seconds
+            )
+            self.tracker.advance()
+            if self.progress.step % self.config.run.log_every == 0 or self.progress.step == self.total_steps:
+                self._log(window, rate, grad_norm)
+                window = Window()
+        return total_loss / len(batches)
+
+    def _train_step(self, batch: Indices, rate: float) -> tuple[float, float]:
+        """One optimizer step on a global batch. Returns its loss and the gradients' norm.
+
+        The loss is the mean over the features of the global batch, however they are divided: each rank's sum is
+        scaled by world size / batch size, since the engines average gradients over the ranks.
+        """
+        engine, settings = self.engine, self.config.train
+        seed_step(settings.seed, self.progress.step, engine.rank)
+        engine.set_learning_rate(rate)
+        micro_batches = shard(
+            batch,
+            self.training_set.lengths,
+            rank=engine.rank,
+            world_size=engine.world_size,
+            micro_batch_size=self.micro_batch_size,
+        )
+        loss_sum = torch.zeros((), device=engine.device)
+        for micro_batch in micro_batches:
+            inputs = self.training_set.collate(micro_batch.indices).to(engine.device)
+            with engine.accumulating(last=micro_batch is micro_batches[-1]):
+                losses = self.task.loss(engine.model(**inputs.inputs), inputs) * micro_batch.weight
+                engine.backward(losses.sum() * (engine.world_size / len(batch)))
+            loss_sum += losses.detach().sum()
+        grad_norm = engine.update()
+        # One collective for all that the ranks have to agree on: the loss, and whether anyone was asked to stop.
+        stop = torch.tensor(float(self.stop.signal_number > 0), device=engine.device)
+        total, stops = engine.sum(torch.stack([loss_sum, stop])).tolist()
+        loss = total / len(batch)
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss} at step {self.progress.step + 1}: training has diverged. Lower "
+                "train.learning_rate, or lengthen train.warmup_ratio"
+            )
+        if stops:
+            self._stop()
+        return loss, grad_norm
+
+    def _log(self, window: Window, rate: float, grad_norm: float) -> None:
+        values = {
+            "epoch": self.progress.step / self.steps_per_epoch,
+            "loss": window.loss / window.steps,
+            "learning_rate": rate,
+            "grad_norm": grad_norm,
+            "samples_per_second": window.samples / window.seconds,
+            "seconds_per_step": window.seconds / window.steps,
+        }
+        self.tracker.log_step(self.progress.step, self.total_steps, values)
+
+    def _evaluate(self, epoch: int, train_loss: float | None) -> Score | None:
+        score = None
+        if self.validation_set is not None:
+            score = evaluate(self.engine, self.task, self.validation_set, self.config.evaluation.batch_size)
+        row = {"epoch": epoch, "step": self.progress.step, "train_loss": train_loss}
+        self.progress.history.append(row | (score.metrics if score else {}))
+        self.tracker.log_evaluation(self.progress.step, self.progress.history)
+        return score
+
+    def _is_best(self) -> bool:
+        """Whether the last epoch is the first, or better than all before; without evaluation the newest is."""
+        metric = self.task.best_metric
+        figures = [row.get(metric, math.inf) for row in self.progress.history if row["epoch"] > 0]
+        return len(figures) == 1 or figures[-1] > max(figures[:-1]) or figures[-1] == math.inf
+
+    def _export(self, epoch: int, score: Score | None) -> None:
+        """Make model/ and the predictions those of `epoch`."""
+        weights = full_weights(self.engine.accelerator, self.engine.model)
+        if weights is not None:
+            model = self.engine.accelerator.unwrap_model(self.engine.model)
+            export_model(self.run.path / "model", model, weights, self.task)
+            for name, content in (score.files if score else {}).items():
+                self.run.write_json(name, content)
+        self.progress.exported_epoch = epoch
+
+    def _write_metrics(self) -> None:
+        """metrics.json: the figures of the exported epoch, and all epochs' history."""
+        exported = next(row for row in self.progress.history if row["epoch"] == self.progress.exported_epoch)
+        content = {name: value for name, value in exported.items() if name not in ("step", "train_loss")}
+        content |= {"history": self.progress.history, "train_seconds": self.progress.train_seconds}
+        self.run.write_json("metrics.json", content)
+
+    def _stop(self) -> None:
+        """End the run on all ranks, keeping what there is."""
+        self.run.step = self.progress.step + 1
+        if self.progress.exported_epoch is None:
+            self._export(0, None)
+        number = self.stop.signal_number
+        reason = f"signal {number}" if number else "a signal to another process"
+        raise StoppedError(f"stopped by {reason} after step {self.run.step}", 128 + (number or 15))
+
+
+def evaluate_only(config: RunConfig, launch: LaunchEnvironment) -> None:
+    """Evaluate a trained model, and leave metrics and predictions in the run directory."""
+    engine = Engine(launch)
+    run = RunDirectory(config.output_dir, engine.is_main)
+    with run.recorded(to_yaml(config)):
+        task = engine.local_main_first(lambda: load_task(config))
+        features = engine.local_main_first(lambda: task.features("validation"))
+        if features is None:
+            raise UserError("data.validation_file: there is nothing to evaluate on; name a file")
+        model, notes = engine.local_main_first(lambda: build_model(config, task, trained=True))
+        tracker = Tracker(run, task.headline)
+        _introduce(tracker, engine, model, notes, {"validation": features})
+        engine.prepare_for_evaluation(model)
+        score = evaluate(engine, task, features, config.evaluation.batch_size)
+        tracker.log_evaluation(0, [{"epoch": None, "step": 0, "train_loss": None, **score.metrics}])
+        run.write_json("metrics.json", score.metrics)
+        for name, content in score.files.items():
+            run.write_json(name, content)
+        tracker.say(f"done: {run.path}")
+    engine.close()

@@ -1,0 +1,112 @@
+"""Models: pretrained ones and new ones, checked against the tokenizer and the windows before anything runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from qa_dist.config import ModelConfig, RunConfig
+from qa_dist.errors import UserError, listing
+from qa_dist.tasks.task import Task
+from qa_dist.tasks.tokenizer import looks_like_path
+
+
+def build_model(config: RunConfig, task: Task, *, trained: bool = False) -> tuple[nn.Module, list[str]]:
+    """The model that the config names, in float32, with the task's head, and notes for the user.
+
+    New weights follow `train.seed`, so all ranks make the same. With `trained`, a head that would be new is an
+    error. Raises `UserError` for a model that cannot be loaded, has no such head, or does not fit the tokenizer
+    or `data.max_length`.
+    """
+    settings = config.model
+    torch.manual_seed(config.train.seed)
+    if settings.name is None:
+        model_config = _new_config(settings.config or {}, task.tokenizer)
+        _check_head(model_config, task, "model.config")
+        _check_fit(model_config, task.tokenizer, config.data.max_length)
+        return task.auto_model.from_config(model_config, dtype=torch.float32), []
+    model_config = _pretrained_config(settings)
+    _check_head(model_config, task, settings.name)
+    _check_fit(model_config, task.tokenizer, config.data.max_length)
+    try:
+        model, info = task.auto_model.from_pretrained(
+            settings.name,
+            config=model_config,
+            dtype=torch.float32,
+            trust_remote_code=settings.trust_remote_code,
+            output_loading_info=True,
+        )
+    except Exception as error:  # a truncated file raises whatever its reader raises
+        raise UserError(
+            f"model.name: the weights of {settings.name!r} cannot be loaded: {_first_line(error)}"
+        ) from None
+    new = sorted(info["missing_keys"])
+    if new and trained:
+        raise UserError(
+            f"model.name: {settings.name!r} has no weights for {listing(new)}: it has not been trained for "
+            f"{task.name.replace('_', ' ')}. Train it first (qa-dist train --model.name {settings.name} …)"
+        )
+    return model, [f"new weights: {listing(new)}"] if new else []
+
+
+def _new_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    values = dict(values)
+    model_type = values.pop("model_type", None)
+    special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "cls_token_id", "sep_token_id")}
+    # models that know these tokens by other names
+    special |= {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
+    try:
+        return AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **special, **values})
+    except Exception as error:  # each config class validates its values in its own way
+        raise UserError(f"model.config: is not a valid {model_type!r} config: {_first_line(error)}") from None
+
+
+def _pretrained_config(settings: ModelConfig) -> PretrainedConfig:
+    name = settings.name
+    assert name is not None
+    if looks_like_path(name):
+        if not Path(name).is_dir():
+            raise UserError(f"model.name: {name}: there is no such directory")
+        if not (Path(name) / "config.json").is_file():
+            raise UserError(f"model.name: {name}: holds no config.json, so it is not a model directory")
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"model.name: {name!r} cannot be loaded: {_first_line(error)}. It is neither a directory here nor "
+            "reachable on the Hub; without a network, point model.name at a directory"
+        ) from None
+
+
+def _check_head(model_config: PretrainedConfig, task: Task, name: str) -> None:
+    if type(model_config) in task.auto_model._model_mapping or hasattr(model_config, "auto_map"):
+        return
+    raise UserError(
+        f"{name}: transformers has no {task.name.replace('_', ' ')} model of type {model_config.model_type!r}; "
+        "use an encoder such as bert, roberta, deberta-v2, electra or modernbert"
+    )
+
+
+def _check_fit(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    vocabulary = getattr(model_config, "vocab_size", None)
+    if vocabulary is not None and len(tokenizer) > vocabulary:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer):,} tokens but the model only {vocabulary:,} embeddings: "
+            "model.tokenizer and the model do not belong together"
+        )
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        # RoBERTa's family counts positions from pad_token_id + 1
+        taken = (model_config.pad_token_id or 0) + 1 if "roberta" in model_config.model_type else 0
+        if max_length > positions - taken:
+            raise UserError(
+                f"data.max_length: {max_length} is more than the {positions - taken} positions that the model has; "
+                f"set it to {positions - taken} or less"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
