@@ -38,6 +38,8 @@ class FeatureSet(ABC):
 
     lengths: npt.NDArray[np.int64]
     """Tokens of each feature, without padding, [num_features]."""
+    fingerprint: str
+    """Key of everything the features depend on; all ranks must have the same."""
 
     def __len__(self) -> int:
         return len(self.lengths)

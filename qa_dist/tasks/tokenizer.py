@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from tokenizers import decoders as decoding
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -50,23 +50,28 @@ def looks_like_path(name: str) -> bool:
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int, model_config: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """Train a WordPiece tokenizer in BERT's manner (Devlin et al. 2019) on `texts`.
+    """Train a byte-level BPE tokenizer (Radford et al. 2019) on `texts`, with BERT's special tokens.
 
-    The same texts give the same tokenizer in every process. Token types are given out only if the model that
+    The same texts give the same tokenizer in every process and on every machine; WordPiece training does not:
+    its ties fall by the order of a randomly seeded hash map. Token types are given out only if the model that
     `model_config` describes has embeddings for two of them.
     """
-    tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS["unk_token"]))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoding.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS.values()), show_progress=False
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoding.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     special = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = processors.TemplateProcessing(
+    template = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=special
     )
+    # trim_offsets: the space that belongs to a token is not part of an answer
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), template])
     names = ["input_ids", "attention_mask"]
     if model_config.get("type_vocab_size", 2 if model_config.get("model_type") == "bert" else 0) >= 2:
         names.insert(1, "token_type_ids")

@@ -156,6 +156,15 @@ class Engine:
         """The main process's `value`, on all ranks."""
         return broadcast_object_list([value])[0] if self.world_size > 1 else value
 
+    def require_same(self, value: str, what: str) -> None:
+        """Raise `UserError` on all ranks unless all have the same `value`."""
+        values = gather_object([value]) if self.world_size > 1 else [value]
+        if len(set(values)) > 1:
+            raise UserError(
+                f"{what} differ between processes: the nodes do not see the same files, or not the same versions "
+                "of the packages"
+            )
+
     def local_main_first(self, function: Callable[[], Result]) -> Result:
         """Call `function` on one process of each node, then on the others, which find its results in the cache.
 

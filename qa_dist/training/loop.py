@@ -66,6 +66,8 @@ def train(config: RunConfig, launch: LaunchEnvironment) -> None:
         training_set = engine.local_main_first(lambda: task.features("train"))
         validation_set = engine.local_main_first(lambda: task.features("validation"))
         assert training_set is not None  # the config's checks saw to that
+        for features in (training_set, validation_set):
+            engine.require_same(features.fingerprint if features else "", "the prepared features")
         model, notes = engine.local_main_first(lambda: build_model(config, task))
         tracker = Tracker(run, task.headline)
         _introduce(tracker, engine, model, notes, {"training": training_set, "validation": validation_set})

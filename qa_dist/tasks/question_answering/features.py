@@ -259,8 +259,11 @@ class HasNotes(Protocol):
 class QuestionAnsweringFeatures(FeatureSet):
     """Windows in memory (mapped from the cache), ready to be collated."""
 
-    def __init__(self, table: datasets.Dataset, pad_token_id: int, pad_token_type_id: int, source: HasNotes):
+    def __init__(
+        self, table: datasets.Dataset, fingerprint: str, pad_token_id: int, pad_token_type_id: int, source: HasNotes
+    ):
         columns = table.data
+        self.fingerprint = fingerprint
         self._source = source
         self.input_ids = Ragged.from_arrow(columns.column("input_ids"))
         self.lengths = self.input_ids.lengths

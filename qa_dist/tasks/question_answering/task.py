@@ -63,7 +63,7 @@ class QuestionAnswering(Task):
 
         table = cached_table(settings.cache_dir, key, build)
         return features.QuestionAnsweringFeatures(
-            table, self.tokenizer.pad_token_id or 0, self.tokenizer.pad_token_type_id, source
+            table, key, self.tokenizer.pad_token_id or 0, self.tokenizer.pad_token_type_id, source
         )
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
