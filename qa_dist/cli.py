@@ -180,5 +180,3 @@ def _combinations(config: RunConfig) -> list[Problem]:
         ),
     ]
     return [Problem(keys, message) for keys, broken, message in rules if broken]
-
-

@@ -149,7 +149,7 @@ def _metavar(field: FieldInfo) -> str:
             return "JSON"
         if args := [a for a in typing.get_args(annotation) if a is not type(None)]:
             return "|".join(map(name, args))
-        return {bool: "true|false", str: "TEXT", Path: "PATH"}.get(annotation, annotation.__name__.upper())
+        return {bool: "true|false", str: "TEXT", Path: "PATH"}.get(annotation) or annotation.__name__.upper()
 
     return name(field.annotation)
 

@@ -1,5 +1,7 @@
 """The state of a live engine as named tensors, whichever engine it is."""
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -10,7 +12,7 @@ def full_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor
     """The model's whole weights by name, float32, on the CPU: the master weights where training keeps a copy in
     low precision. On the main process; None on the others, all of which must call it too."""
     is_main = accelerator.is_main_process
-    plain = accelerator.unwrap_model(model)
+    plain: Any = accelerator.unwrap_model(model)
     weights: dict[str, Tensor] = {}
     for name, parameter in plain.named_parameters():
         whole = _whole(accelerator, parameter)

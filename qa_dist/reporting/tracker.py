@@ -61,8 +61,7 @@ class Tracker:
         """`values` hold loss, learning_rate, grad_norm, samples_per_second and epoch."""
         self._store("train", step, values)
         figures = (
-            f"loss {values['loss']:.3f}  lr {values['learning_rate']:.1e}  "
-            f"{values['samples_per_second']:.1f} samples/s"
+            f"loss {values['loss']:.3f}  lr {values['learning_rate']:.1e}  {values['samples_per_second']:.1f} samples/s"
         )
         if self._progress:
             self._progress.update(self._bar, figures=figures)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
+from datasets.config import HF_DATASETS_CACHE
 
 from qa_dist.errors import UserError
 
@@ -28,7 +29,7 @@ def cached_table(cache_dir: Path | None, key: str, build: Callable[[], pa.Table]
     A table appears under its key complete or not at all, so processes may ask for it at the same time.
     Raises `UserError` when the cache cannot be written.
     """
-    root = cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "qa_dist"
+    root = cache_dir or Path(HF_DATASETS_CACHE) / "qa_dist"
     target = root / key
     if not target.is_dir():
         table = build()

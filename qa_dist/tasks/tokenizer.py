@@ -41,6 +41,12 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
             f"{key}: the tokenizer of {name!r} ({type(tokenizer).__name__}) is not a fast one, so tokens cannot be "
             "traced back to characters. Use a model with a tokenizer.json, or convert the tokenizer"
         )
+    # Windows are cut here. What the file says of truncation and padding (sentence encoders ship 128 tokens) would
+    # only stay until the first call, and so differ between processes that have encoded something and those that
+    # found it in the cache.
+    backend: Any = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
     return tokenizer
 
 

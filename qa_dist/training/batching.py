@@ -27,7 +27,12 @@ class MicroBatch:
 
 
 def plan_epoch(
-    lengths: npt.NDArray[np.integer], *, seed: int, epoch: int, global_batch_size: int, group_by_length: bool = True
+    lengths: npt.NDArray[np.integer],
+    *,
+    seed: int,
+    epoch: int,
+    global_batch_size: int,
+    group_by_length: bool = True,
 ) -> list[Indices]:
     """The global batches of an epoch, in order; every feature is in exactly one of them.
 

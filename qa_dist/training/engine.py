@@ -15,7 +15,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import Tensor, nn
 
 from qa_dist.config import TrainConfig
@@ -63,11 +69,17 @@ class Engine:
         return self.accelerator.distributed_type == DistributedType.DEEPSPEED
 
     @property
+    def _deepspeed(self) -> DeepSpeedPlugin:
+        plugin = self.accelerator.deepspeed_plugin
+        assert plugin is not None
+        return plugin
+
+    @property
     def description(self) -> str:
         """One line on device, engine, precision and processes, for people."""
         name = self.accelerator.distributed_type.name
         if self.is_deepspeed:
-            name = f"DeepSpeed ZeRO-{self.accelerator.deepspeed_plugin.zero_stage}"
+            name = f"DeepSpeed ZeRO-{self._deepspeed.zero_stage}"
         elif name.startswith("MULTI_"):
             name = "DDP"
         else:
@@ -91,7 +103,7 @@ class Engine:
         if self.is_deepspeed:
             # The batches are ours: DeepSpeed only multiplies these numbers. Accumulation is controlled by the
             # boundary passed to backward(), and losses arrive scaled, so it must not divide them again.
-            config = self.accelerator.deepspeed_plugin.deepspeed_config
+            config = self._deepspeed.deepspeed_config
             config["train_micro_batch_size_per_gpu"] = 1
             config["gradient_accumulation_steps"] = 1
             config["train_batch_size"] = self.world_size
@@ -127,7 +139,9 @@ class Engine:
     def update(self) -> float:
         """Clip, update the weights, clear the gradients. Returns the gradients' norm before clipping."""
         if self.is_deepspeed:
-            return float(self.accelerator.deepspeed_engine_wrapped.get_global_grad_norm() or 0.0)
+            wrapped = self.accelerator.deepspeed_engine_wrapped
+            assert wrapped is not None
+            return float(wrapped.get_global_grad_norm() or 0.0)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self._max_grad_norm or float("inf"))
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -145,7 +159,7 @@ class Engine:
             dist.all_reduce(values)
         return values
 
-    def gather_rows(self, tensor: Tensor, fill: float) -> Tensor:
+    def gather_rows(self, tensor: Tensor, fill: int) -> Tensor:
         """The rows of all ranks, [world_size, rows, …]. Ranks with fewer rows than others are filled up."""
         padded = self.accelerator.pad_across_processes(tensor, dim=0, pad_index=fill)
         gathered = self.accelerator.gather(padded)

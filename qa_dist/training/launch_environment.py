@@ -33,8 +33,7 @@ class LaunchEnvironment:
             use_deepspeed=get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true",
             zero_stage=int(get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")),
             mixed_precision=get("ACCELERATE_MIXED_PRECISION", "no").lower(),
-            on_cpu=get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
-            or not torch.accelerator.is_available(),
+            on_cpu=get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1") or not torch.accelerator.is_available(),
         )
 
     @property

@@ -77,7 +77,11 @@ def train(config: RunConfig, launch: LaunchEnvironment) -> None:
 
 
 def _introduce(
-    tracker: Tracker, engine: Engine, model: torch.nn.Module, notes: list[str], sets: dict[str, FeatureSet | None]
+    tracker: Tracker,
+    engine: Engine,
+    model: torch.nn.Module,
+    notes: list[str],
+    sets: dict[str, FeatureSet | None],
 ) -> None:
     if not engine.is_main:
         return
@@ -90,7 +94,9 @@ def _introduce(
             tracker.say(f"{name}: none")
             continue
         lengths = features.lengths
-        tracker.say(f"{name}: {len(features):,} windows, {lengths.mean():.0f} tokens on average, {lengths.max()} at most")
+        tracker.say(
+            f"{name}: {len(features):,} windows, {lengths.mean():.0f} tokens on average, {lengths.max()} at most"
+        )
         for note in features.notes:
             tracker.say(f"{name}: note: {note}")
 
@@ -146,9 +152,7 @@ class _Training:
             self.run.step = self.progress.step
             self.progress.train_seconds += seconds
             total_loss += loss
-            window = Window(
-                window.loss + loss, window.steps + 1, window.samples + len(batch), window.seconds + seconds
-            )
+            window = Window(window.loss + loss, window.steps + 1, window.samples + len(batch), window.seconds + seconds)
             self.tracker.advance()
             if self.progress.step % self.config.run.log_every == 0 or self.progress.step == self.total_steps:
                 self._log(window, rate, grad_norm)

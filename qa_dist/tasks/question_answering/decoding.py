@@ -21,7 +21,12 @@ FEATURES_PER_CHUNK = 4096
 
 
 def candidates(
-    start_logits: Tensor, end_logits: Tensor, context_begin: Tensor, context_end: Tensor, cls: Tensor, n_best: int
+    start_logits: Tensor,
+    end_logits: Tensor,
+    context_begin: Tensor,
+    context_end: Tensor,
+    cls: Tensor,
+    n_best: int,
 ) -> dict[str, Tensor]:
     """Reduce each window's logits to its best starts and ends, on the device where they are.
 

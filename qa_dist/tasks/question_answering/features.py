@@ -94,7 +94,9 @@ def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> EncodedT
     total = int(lengths.sum())
     values = np.fromiter((i for ids in encoded["input_ids"] for i in ids), dtype=np.int32, count=total)
     offsets = np.fromiter(
-        (place for row in encoded["offset_mapping"] for pair in row for place in pair), np.int64, count=2 * total
+        (place for row in encoded["offset_mapping"] for pair in row for place in pair),
+        np.int64,
+        count=2 * total,
     ).reshape(-1, 2)
     return EncodedTexts(Ragged.from_lengths(values, lengths), offsets[:, 0], offsets[:, 1])
 
@@ -137,7 +139,9 @@ def build_features(
         question, context = question_rows[owner[chunk]], context_rows[owner[chunk]]
         source = encoded_contexts.ids.offsets[context] + begin[chunk]
         size = end[chunk] - begin[chunk]
-        ids, types, context_begin = _assemble(template, encoded_questions.ids, question, encoded_contexts.ids, source, size)
+        ids, types, context_begin = _assemble(
+            template, encoded_questions.ids, question, encoded_contexts.ids, source, size
+        )
         cls = np.where(template.cls < 0, ids.lengths + template.cls, template.cls)
         shift = context_begin - begin[chunk]
         tokens = ranges(source, size)
@@ -176,7 +180,7 @@ def _require_room(
     if not too_long.any():
         return
     places = np.flatnonzero(too_long)
-    worst = [f"{examples[i].id!r} ({question_lengths[i]:,} tokens)" for i in places]
+    worst = [f"{examples[int(i)].id!r} ({question_lengths[i]:,} tokens)" for i in places]
     most = max_length - template.num_special - stride - 1
     raise UserError(
         f"{len(places):,} questions leave no room for their context: {listing(worst)}. With data.max_length "
@@ -259,14 +263,15 @@ class HasNotes(Protocol):
 class QuestionAnsweringFeatures(FeatureSet):
     """Windows in memory (mapped from the cache), ready to be collated."""
 
-    def __init__(
-        self, table: datasets.Dataset, fingerprint: str, pad_token_id: int, pad_token_type_id: int, source: HasNotes
-    ):
+    def __init__(self, table: datasets.Dataset, fingerprint: str, padding: dict[str, int], source: HasNotes):
+        """`padding` has the value that fills up each list of the table's tokens."""
         columns = table.data
         self.fingerprint = fingerprint
         self._source = source
-        self.input_ids = Ragged.from_arrow(columns.column("input_ids"))
-        self.lengths = self.input_ids.lengths
+        self._padding = padding
+        self.tokens = {name: Ragged.from_arrow(columns.column(name)) for name in padding if name in table.column_names}
+        """`input_ids` and, where the model reads them, `token_type_ids`."""
+        self.lengths = self.tokens["input_ids"].lengths
         self.char_starts = Ragged.from_arrow(columns.column("char_starts"))
         self.char_ends = Ragged.from_arrow(columns.column("char_ends"))
         self.example = columns.column("example").to_numpy()
@@ -275,11 +280,6 @@ class QuestionAnsweringFeatures(FeatureSet):
             name: columns.column(name).to_numpy().astype(np.int64)
             for name in ("context_begin", "context_end", "cls", "start_position", "end_position")
         }
-        self.padding = {"input_ids": pad_token_id}
-        self.token_lists = {"input_ids": self.input_ids}
-        if "token_type_ids" in table.column_names:
-            self.token_lists["token_type_ids"] = Ragged.from_arrow(columns.column("token_type_ids"))
-            self.padding["token_type_ids"] = pad_token_type_id
 
     @property
     def notes(self) -> list[str]:
@@ -289,8 +289,8 @@ class QuestionAnsweringFeatures(FeatureSet):
         lengths = self.lengths[indices]
         width = -(-int(lengths.max()) // 8) * 8
         inputs = {
-            name: torch.from_numpy(rows.padded(indices, width, self.padding[name]))
-            for name, rows in self.token_lists.items()
+            name: torch.from_numpy(rows.padded(indices, width, self._padding[name]))
+            for name, rows in self.tokens.items()
         }
         inputs["attention_mask"] = torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64))
         targets = {name: torch.from_numpy(values[indices]) for name, values in self.scalars.items()}

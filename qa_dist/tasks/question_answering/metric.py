@@ -60,7 +60,9 @@ class ExtractiveAnswerMetric(evaluate.Metric):
             features=features,
         )
 
-    def _compute(self, *, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    def _compute(  # pyright: ignore[reportIncompatibleMethodOverride] -- only ever called with both
+        self, *, predictions: Sequence[str], references: Sequence[Sequence[str]]
+    ) -> dict[str, float]:
         v2 = self.config_name == "squad_v2"
         total_exact = total_f1 = 0.0
         for prediction, answers in zip(predictions, references, strict=True):

@@ -88,7 +88,10 @@ RELATIONS = (
     ),
     Relation(
         "year",
-        ("{She} received the medal of the academy in {value}.", "In {value} the academy gave {her2} its medal."),
+        (
+            "{She} received the medal of the academy in {value}.",
+            "In {value} the academy gave {her2} its medal.",
+        ),
         ("When did {name} receive the medal?", "In which year did the academy honour {name}?"),
     ),
     Relation(

@@ -1,5 +1,6 @@
 """Question answering behind the seam that the training system knows."""
 
+import inspect
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -53,7 +54,7 @@ class QuestionAnswering(Task):
             tokenizers.__version__,
             settings.max_length,
             settings.stride,
-            Path(features.__file__),
+            Path(inspect.getfile(features)),
         )
 
         def build() -> Any:
@@ -62,9 +63,11 @@ class QuestionAnswering(Task):
             )
 
         table = cached_table(settings.cache_dir, key, build)
-        return features.QuestionAnsweringFeatures(
-            table, key, self.tokenizer.pad_token_id or 0, self.tokenizer.pad_token_type_id, source
-        )
+        padding = {
+            "input_ids": int(self.tokenizer.pad_token_id or 0),  # pyright: ignore[reportArgumentType]
+            "token_type_ids": self.tokenizer.pad_token_type_id,
+        }
+        return features.QuestionAnsweringFeatures(table, key, padding, source)
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """Mean of the cross-entropies of the start and of the end position."""
@@ -128,7 +131,7 @@ class _LazyExamples:
     @cached_property
     def fingerprint(self) -> str:
         """Key of everything the examples depend on."""
-        code = [Path(module.__file__) for module in (data, synthetic)]
+        code = [Path(inspect.getfile(module)) for module in (data, synthetic)]
         if self.file is None:
             return fingerprint(self.config.synthetic, self.split, *code)
         data.require_readable(self.file)

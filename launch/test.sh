@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Run the tests.
+#   launch/test.sh [PYTEST ARGUMENT ...]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+launch/install.sh test
+exec .venv/bin/python -m pytest "$@"
