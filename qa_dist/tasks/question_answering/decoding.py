@@ -5,6 +5,7 @@ where it starts or later, and is not longer than `max_answer_length` tokens. Its
 logits (Devlin et al. 2019, section 4.2). The answers of an example are the best over all its windows.
 """
 
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +117,14 @@ def decode(
         score[kept],
         null_score,
     )
+
+
+def span_of_whole_characters(context: str, start: int, end: int) -> tuple[int, int]:
+    """The span, extended over marks that combine with its last letter: normalizers that strip accents leave a
+    letter's token without the marks that follow it."""
+    while end < len(context) and unicodedata.combining(context[end]):
+        end += 1
+    return start, end
 
 
 def _window_answers(

@@ -16,7 +16,7 @@ from transformers import AutoModelForQuestionAnswering
 from qa_dist.config import RunConfig
 from qa_dist.tasks.cache import cached_table, fingerprint
 from qa_dist.tasks.question_answering import data, features, synthetic
-from qa_dist.tasks.question_answering.decoding import Answers, candidates, decode
+from qa_dist.tasks.question_answering.decoding import Answers, candidates, decode, span_of_whole_characters
 from qa_dist.tasks.question_answering.metric import ExtractiveAnswerMetric
 from qa_dist.tasks.task import Batch, FeatureSet, Score, Task
 from qa_dist.tasks.tokenizer import load_tokenizer, train_tokenizer
@@ -158,17 +158,7 @@ def _texts(
     predictions: dict[str, str] = {}
     n_best: dict[str, list[dict[str, Any]]] = {}
     for i, example in enumerate(examples):
-        entries = [
-            {
-                "text": example.context[answers.start_char[j] : answers.end_char[j]],
-                "score": float(answers.score[j]),
-                "start_logit": float(answers.start_logit[j]),
-                "end_logit": float(answers.end_logit[j]),
-                "start": int(answers.start_char[j]),
-                "end": int(answers.end_char[j]),
-            }
-            for j in range(bounds[i], bounds[i + 1])
-        ]
+        entries = [_entry(example, answers, j) for j in range(bounds[i], bounds[i + 1])]
         best = entries[0]["text"] if entries else ""
         if v2:
             null = float(answers.null_score[i])
@@ -183,3 +173,15 @@ def _texts(
         predictions[example.id] = best
         n_best[example.id] = entries
     return predictions, n_best
+
+
+def _entry(example: data.Example, answers: Answers, j: int) -> dict[str, Any]:
+    start, end = span_of_whole_characters(example.context, int(answers.start_char[j]), int(answers.end_char[j]))
+    return {
+        "text": example.context[start:end],
+        "score": float(answers.score[j]),
+        "start_logit": float(answers.start_logit[j]),
+        "end_logit": float(answers.end_logit[j]),
+        "start": start,
+        "end": end,
+    }

@@ -1,0 +1,164 @@
+"""What several tests need: tiny tokenizers and models made on the spot, and real launches."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+"""Real data and a real model, where they are there."""
+
+TINY_BERT = {
+    "model_type": "bert",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
+@dataclass
+class Launch:
+    """A finished launch."""
+
+    code: int
+    output: str
+
+
+class Launcher:
+    """`accelerate launch` with a launch config written on the spot."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def config(self, engine: str, processes: int, **more: Any) -> Path:
+        """`engine`: ddp, zero0, zero1, zero2 or zero3, all on CPU."""
+        config: dict[str, Any] = {
+            "compute_environment": "LOCAL_MACHINE",
+            "mixed_precision": "no",
+            "num_machines": 1,
+            "machine_rank": 0,
+            "main_process_port": 0,
+            "num_processes": processes,
+            "use_cpu": True,
+            **more,
+        }
+        if engine == "ddp":
+            config["distributed_type"] = "MULTI_GPU" if processes > 1 else "NO"
+        else:
+            config["distributed_type"] = "DEEPSPEED"
+            config["deepspeed_config"] = {
+                "zero_stage": int(engine[-1]),
+                "offload_optimizer_device": "none",
+                "offload_param_device": "none",
+                "zero3_init_flag": False,
+            }
+        path = self.directory / f"launch-{engine}-{processes}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    def command(self, engine: str, processes: int, *program: str, **more: Any) -> list[str]:
+        config = self.config(engine, processes, **more)
+        return [
+            *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
+            *("--config_file", str(config), *program),
+        ]
+
+    def run(self, engine: str, processes: int, *program: str, timeout: int = 240, **more: Any) -> Launch:
+        """`program`: a script and its arguments, or -m and a module."""
+        command = self.command(engine, processes, *program, **more)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+        )
+        return Launch(done.returncode, done.stdout + done.stderr)
+
+    def train(self, engine: str, processes: int, output_dir: Path, *flags: str, **more: Any) -> Launch:
+        return self.run(
+            engine, processes, "-m", "qa_dist", "train", "--run.output_dir", str(output_dir), *flags, **more
+        )
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
+
+
+def tiny_flags(**changes: str) -> list[str]:
+    """Flags of a run that takes seconds."""
+    flags = {
+        "data.synthetic.train_examples": "45",
+        "data.synthetic.validation_examples": "13",
+        "data.synthetic.long_share": "0.3",
+        "data.max_length": "96",
+        "data.stride": "24",
+        "model.config": json.dumps(TINY_BERT),
+        "model.vocab_size": "600",
+        "train.epochs": "2",
+        "train.global_batch_size": "8",
+        "train.learning_rate": "1e-3",
+        "evaluation.batch_size": "4",
+        "run.log_every": "1",
+    } | changes
+    return [part for key, value in flags.items() if value for part in (f"--{key}", value)]
+
+
+def jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def squad(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Flat examples in SQuAD's nested form."""
+    paragraphs = [{"context": e["context"], "qas": [{k: v for k, v in e.items() if k != "context"}]} for e in examples]
+    return {"version": "1.1", "data": [{"title": "t", "paragraphs": paragraphs}]}
+
+
+# ----------------------------------------------------------------------------------------------- tokenizers
+
+SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+
+
+def wordpiece_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """As BERT's: lower case, token types."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=list(SPECIAL.values()), show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    special = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=special
+    )
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **SPECIAL)
+
+
+def roberta_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """As RoBERTa's: byte-level, two separators between the texts, no token types."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "<s>", "sep_token": "</s>"}
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=list(special.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    ids = {name: tokenizer.token_to_id(name) for name in special.values()}
+    tokenizer.post_processor = processors.RobertaProcessing(
+        ("</s>", ids["</s>"]), ("<s>", ids["<s>"]), trim_offsets=True, add_prefix_space=False
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_input_names=["input_ids", "attention_mask"], **special
+    )

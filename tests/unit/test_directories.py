@@ -1,0 +1,102 @@
+"""Directories and files that are there complete, or not at all; and whose run they hold."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qa_dist.checkpoint.store import publish_directory
+from qa_dist.errors import UserError
+from qa_dist.reporting.run_directory import RunDirectory, StoppedError, read_status, require_free
+
+
+def test_a_failed_write_leaves_the_old_directory(tmp_path: Path):
+    target = tmp_path / "model"
+    publish_directory(target, lambda d: (d / "a").write_text("old") and None)
+
+    def broken(directory: Path) -> None:
+        (directory / "a").write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        publish_directory(target, broken)
+    assert (target / "a").read_text() == "old"
+    publish_directory(target, lambda d: (d / "b").write_text("new") and None)
+    assert [p.name for p in tmp_path.rglob("*")] == ["model", "b"]
+
+
+def recorded(path: Path, error: BaseException | None = None, step: int = 0, is_main: bool = True) -> None:
+    run = RunDirectory(path, is_main)
+    with run.recorded("a: 1\n"):
+        assert not is_main or read_status(path)["state"] == "running"
+        run.step = step
+        if error:
+            raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "exit_code", "reason"),
+    [
+        (None, "completed", 0, ""),
+        (UserError("mend it"), "failed", 2, "mend it"),
+        (StoppedError("stopped by signal 15", 143), "stopped", 143, "stopped by signal 15"),
+        (RuntimeError("boom"), "failed", 1, "RuntimeError: boom"),
+        (KeyboardInterrupt(), "failed", 1, "KeyboardInterrupt: "),
+    ],
+)
+def test_status_tells_how_the_run_ended(tmp_path: Path, error, state: str, exit_code: int, reason: str):
+    if error is None:
+        recorded(tmp_path, step=7)
+    else:
+        with pytest.raises(type(error)):
+            recorded(tmp_path, error, step=7)
+    status = read_status(tmp_path)
+    assert (status["state"], status["exit_code"], status["reason"], status["step"]) == (state, exit_code, reason, 7)
+    assert (tmp_path / "config.yaml").read_text() == "a: 1\n"
+
+
+def test_other_ranks_write_nothing(tmp_path: Path):
+    recorded(tmp_path / "run", is_main=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_never_overwritten(tmp_path: Path):
+    recorded(tmp_path, step=3)
+    with pytest.raises(UserError, match=r"holds another run \(completed at step 3\)"):
+        recorded(tmp_path)
+    for name in ("model", "predictions.json"):
+        directory = tmp_path / name / "d"
+        (directory / name).mkdir(parents=True)
+        with pytest.raises(UserError, match="holds another run"):
+            require_free(directory)
+
+
+def test_a_run_that_failed_before_its_first_step_may_be_tried_again(tmp_path: Path):
+    with pytest.raises(UserError):
+        recorded(tmp_path, UserError("bad data"))
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    recorded(tmp_path, step=1)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    with pytest.raises(UserError):
+        require_free(tmp_path)
+
+
+def test_foreign_files_are_left_alone(tmp_path: Path):
+    (tmp_path / "notes.txt").write_text("mine")
+    recorded(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_damaged_status_counts_as_in_use(tmp_path: Path):
+    (tmp_path / "status.json").write_text("{")
+    with pytest.raises(UserError, match="holds another run, and nothing is overwritten"):
+        require_free(tmp_path)
+    (tmp_path / "status.json").write_text(json.dumps([1]))
+    with pytest.raises(UserError):
+        require_free(tmp_path)
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        recorded(tmp_path / "file" / "run")
