@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -76,13 +77,29 @@ class Launcher:
             *("--config_file", str(config), *program),
         ]
 
-    def run(self, engine: str, processes: int, *program: str, timeout: int = 240, **more: Any) -> Launch:
+    def run(self, engine: str, processes: int, *program: str, timeout: int = 120, **more: Any) -> Launch:
         """`program`: a script and its arguments, or -m and a module."""
         command = self.command(engine, processes, *program, **more)
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+        process = self.start(command)
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            raise AssertionError(f"no end after {timeout} s:\n{output}") from None
+        return Launch(process.returncode, output)
+
+    def start(self, command: Sequence[str]) -> subprocess.Popen[str]:
+        """In a process group of its own, so that the launcher and all ranks can be ended together."""
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
-        return Launch(done.returncode, done.stdout + done.stderr)
 
     def train(self, engine: str, processes: int, output_dir: Path, *flags: str, **more: Any) -> Launch:
         return self.run(

@@ -23,6 +23,7 @@ from accelerate.utils import (
     gather_object,
 )
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from qa_dist.config import TrainConfig
 from qa_dist.errors import UserError
@@ -50,6 +51,9 @@ class Engine:
             self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
         else:
             self.accelerator = Accelerator(cpu=launch.on_cpu)
+        # Under ZeRO-3 transformers would build models in shards, with collectives in every layer's constructor.
+        # Models are built whole here, on the host, so that new weights are the same under every engine.
+        unset_hf_deepspeed_config()
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.is_main: bool = self.accelerator.is_main_process

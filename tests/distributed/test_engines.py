@@ -1,0 +1,53 @@
+"""The same training on every engine and world size: same global batches, same losses."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import Launcher, jsonl, tiny_flags
+
+# 45 examples in batches of 8: the last one of each epoch is short. Micro-batches of 3 make uneven accumulation.
+FLAGS = tiny_flags(**{"train.micro_batch_size": "3", "train.epochs": "2"})
+
+
+def losses(output_dir: Path) -> list[float]:
+    return [line["loss"] for line in jsonl(output_dir / "metrics.jsonl") if line["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference: one process, no sharding, no accumulation."""
+    directory = tmp_path_factory.mktemp("alone")
+    launch = Launcher(directory).train("ddp", 1, directory / "run", *tiny_flags(**{"train.epochs": "2"}))
+    assert launch.code == 0, launch.output
+    return directory / "run"
+
+
+@pytest.mark.parametrize(
+    ("engine", "processes"),
+    [("ddp", 2), ("ddp", 4), ("zero0", 2), ("zero1", 2), ("zero2", 1), ("zero2", 2), ("zero3", 2), ("zero3", 4)],
+)
+def test_losses_follow_the_same_curve(engine: str, processes: int, alone: Path, launcher: Launcher, tmp_path: Path):
+    launch = launcher.train(engine, processes, tmp_path / "run", *FLAGS)
+    assert launch.code == 0, launch.output
+    expected = losses(alone)
+    assert len(expected) > 10
+    assert losses(tmp_path / "run") == pytest.approx(expected, rel=0, abs=1e-5)
+    history = [json.loads((d / "metrics.json").read_text())["history"] for d in (alone, tmp_path / "run")]
+    assert [row["loss"] for row in history[1]] == pytest.approx([row["loss"] for row in history[0]], abs=1e-5)
+    name = {"ddp": "DDP", "zero0": "ZeRO-0", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}[engine]
+    assert name in launch.output
+
+
+def test_every_engine_trains_on_fewer_examples_than_processes(launcher: Launcher, tmp_path: Path):
+    flags = tiny_flags(
+        **{
+            "data.synthetic.train_examples": "3",
+            "data.synthetic.validation_examples": "1",
+            "data.synthetic.long_share": "0",
+        }
+    )
+    launch = launcher.train("zero3", 4, tmp_path / "run", *flags)
+    assert launch.code == 0, launch.output
+    assert len(losses(tmp_path / "run")) == 2
