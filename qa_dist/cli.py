@@ -7,13 +7,14 @@ from typing import NoReturn
 
 from qa_dist import __version__
 from qa_dist.config import RunConfig
-from qa_dist.config_sources import Problem, Source, from_flags, from_yaml, resolve, to_yaml
+from qa_dist.config_sources import Problem, Source, from_flags, from_yaml, reference, resolve, to_yaml
 from qa_dist.errors import UserError
 
 COMMANDS = {
     "train": "Fine-tune a model and evaluate it after every epoch.",
     "evaluate": "Score a trained model: --model DIR --data.validation_file FILE --run.output_dir DIR.",
     "config show": "Print the complete settings as YAML, without starting anything.",
+    "config reference": "Print a table of all settings.",
 }
 
 USAGE = """usage: qa-dist COMMAND [--config FILE] [--section.key VALUE ...]
@@ -53,12 +54,15 @@ def _dispatch(args: list[str]) -> int:
         if not command and args == ["--version"]:
             print(__version__)
             return 0
-        usage = USAGE.format(commands="\n".join(f"  {name:<12} {text}" for name, text in COMMANDS.items()))
+        usage = USAGE.format(commands="\n".join(f"  {name:<17} {text}" for name, text in COMMANDS.items()))
         print(usage, file=sys.stdout if asked_for_help else sys.stderr)
         if command:
             print(f"qa-dist: there is no command {command!r}", file=sys.stderr)
         return 0 if asked_for_help else 2
 
+    if command == "config reference":
+        print(reference(), end="")
+        return 0
     flags, options = from_flags(args, f"qa-dist {command}", COMMANDS[command], {"config": "YAML file with settings."})
     if command == "config show":
         print(to_yaml(resolve(_sources(command, flags, options["config"]))), end="")
@@ -74,13 +78,14 @@ def _sources(command: str, flags: Source, config_file: str | None) -> list[Sourc
 
 def _run(command: str, sources: list[Source]) -> int:
     """Check everything that can be checked before the first process group, then train or evaluate."""
-    # heavy imports only now: `--help` and the config's own errors need none of them
-    from qa_dist.reporting.run_directory import StoppedError, require_free
-    from qa_dist.training import loop
-    from qa_dist.training.export import exported_settings
+    # Heavy imports only now: `--help` and `config show` need none of them.
     from qa_dist.training.launch_environment import LaunchEnvironment
 
     launch = LaunchEnvironment.read()
+    launch.announce()
+    from qa_dist.reporting.run_directory import StoppedError, require_free
+    from qa_dist.training import loop
+    from qa_dist.training.export import exported_settings
 
     def output_dir_is_free(config: RunConfig) -> list[Problem]:
         try:

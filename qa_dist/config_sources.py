@@ -314,3 +314,13 @@ def _explain(key: str, item: Any, known: Sequence[str]) -> str:
 def to_yaml(config: RunConfig) -> str:
     """The complete config as YAML, in the order of the model."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def reference() -> str:
+    """All settings as a Markdown table."""
+    rows = ["| key | takes | default | meaning |", "|---|---|---|---|"]
+    for key, field in leaves():
+        text = " ".join((field.description or "").split())
+        takes = _metavar(field).replace("|", "\\|")
+        rows.append(f"| `{key}` | {takes} | {default_text(field)} | {text} |")
+    return "\n".join(rows) + "\n"

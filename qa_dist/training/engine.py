@@ -5,8 +5,8 @@ can be sent backward, an update, and collectives.
 """
 
 import contextlib
+import io
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -45,10 +45,10 @@ class Engine:
         """Join the process group. Raises `UserError` when fewer processes found each other than were started."""
         _quieten()
         if launch.on_cpu and launch.use_deepspeed:
-            os.environ["DS_ACCELERATOR"] = "cpu"
             # Without a backend named, Accelerate chooses none on a machine without accelerators, and every
             # process takes itself for the only one. cpu=True would switch DeepSpeed off.
-            self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has built an extension
+                self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
         else:
             self.accelerator = Accelerator(cpu=launch.on_cpu)
         # Under ZeRO-3 transformers would build models in shards, with collectives in every layer's constructor.
@@ -223,7 +223,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 def _quieten() -> None:
     """Keep the libraries' running commentary from burying what the user needs to see."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import transformers
 
     transformers.logging.set_verbosity_error()

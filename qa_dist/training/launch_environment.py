@@ -36,6 +36,11 @@ class LaunchEnvironment:
             on_cpu=get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1") or not torch.accelerator.is_available(),
         )
 
+    def announce(self) -> None:
+        """Tell DeepSpeed about the device. It reads this when it is first imported, by whichever library."""
+        if self.on_cpu and self.use_deepspeed:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0

@@ -21,10 +21,13 @@ class Numbers(FeatureSet):
     """Feature i is the number i, as often as its length says."""
 
     fingerprint = ""
-    notes: list[str] = []  # noqa: RUF012 -- pyright: ignore[reportIncompatibleMethodOverride]
 
     def __init__(self, count: int):
         self.lengths = 1 + np.arange(count) * 7 % 11
+
+    @property
+    def notes(self) -> list[str]:
+        return []
 
     def collate(self, indices) -> Batch:
         width = int(self.lengths[indices].max())

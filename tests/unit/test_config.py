@@ -6,7 +6,7 @@ import yaml
 
 from qa_dist.cli import main
 from qa_dist.config import RunConfig
-from qa_dist.config_sources import ConfigError, from_flags, from_yaml, leaves, resolve, to_yaml
+from qa_dist.config_sources import ConfigError, from_flags, from_yaml, leaves, reference, resolve, to_yaml
 from tests.helpers import ROOT
 
 
@@ -30,9 +30,11 @@ def test_every_shipped_config_is_valid(path: Path, capsys):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_launch_config_is_one_for_accelerate(path: Path):
-    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 
-    assert load_config_from_file(str(path)).num_processes >= 1
+    config = load_config_from_file(str(path))
+    assert isinstance(config, ClusterConfig)
+    assert config.num_processes >= 1
 
 
 def test_shown_config_gives_the_same_config_again(tmp_path: Path):
@@ -166,3 +168,7 @@ def test_every_setting_says_what_it_is():
     described = {key: field.description for key, field in leaves()}
     assert all(described.values()), [key for key, text in described.items() if not text]
     assert json.dumps(RunConfig().model_dump(mode="json"))
+
+
+def test_the_readme_has_the_reference():
+    assert reference() in (ROOT / "README.md").read_text(encoding="utf-8")

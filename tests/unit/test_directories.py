@@ -12,17 +12,21 @@ from qa_dist.reporting.run_directory import RunDirectory, StoppedError, read_sta
 
 def test_a_failed_write_leaves_the_old_directory(tmp_path: Path):
     target = tmp_path / "model"
-    publish_directory(target, lambda d: (d / "a").write_text("old") and None)
+
+    def write(directory: Path) -> None:
+        (directory / "a").write_text("old")
 
     def broken(directory: Path) -> None:
         (directory / "a").write_text("half")
         raise OSError("disk full")
 
+    publish_directory(target, write)
     with pytest.raises(OSError, match="disk full"):
         publish_directory(target, broken)
     assert (target / "a").read_text() == "old"
-    publish_directory(target, lambda d: (d / "b").write_text("new") and None)
-    assert [p.name for p in tmp_path.rglob("*")] == ["model", "b"]
+    (target / "b").write_text("gone with the old one")
+    publish_directory(target, write)
+    assert [p.name for p in tmp_path.rglob("*")] == ["model", "a"]
 
 
 def recorded(path: Path, error: BaseException | None = None, step: int = 0, is_main: bool = True) -> None:

@@ -1,11 +1,13 @@
+from typing import Any
+
 import pytest
 
 from qa_dist.config import TrainConfig
 from qa_dist.training.schedule import learning_rate
 
 
-def rates(total: int, **settings) -> list[float]:
-    config = TrainConfig(**({"learning_rate": 1.0} | settings))
+def rates(total: int, **settings: Any) -> list[float]:
+    config = TrainConfig.model_validate({"learning_rate": 1.0} | settings)
     return [learning_rate(step, total, config) for step in range(total)]
 
 

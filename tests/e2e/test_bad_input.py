@@ -1,0 +1,170 @@
+"""A user's mistakes: a clear message, exit code 2, no traceback, nothing overwritten."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import BertConfig, BertModel, GPT2Config
+
+from qa_dist.cli import main
+from qa_dist.config import SyntheticConfig
+from qa_dist.tasks.question_answering import synthetic
+from tests.helpers import TINY_BERT, wordpiece_tokenizer
+
+CONTEXT = "Ada was born in Paris."
+GOOD = {
+    "id": "q1",
+    "question": "Where was Ada born?",
+    "context": CONTEXT,
+    "answers": [{"text": "Paris", "answer_start": 16}],
+}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT encoder without a question-answering head."""
+    directory = tmp_path_factory.mktemp("model")
+    tokenizer = wordpiece_tokenizer(synthetic.texts(synthetic.generate(SyntheticConfig(train_examples=20), "train")))
+    values = {k: v for k, v in TINY_BERT.items() if k != "model_type"}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **values)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def attempt(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as exit_:
+        main([str(arg) for arg in args])
+    output = capsys.readouterr()
+    assert "Traceback" not in output.err
+    return int(exit_.value.code or 0), output.err
+
+
+def train_flags(tmp_path: Path, model: Path, content: Any = None) -> list[object]:
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([GOOD] if content is None else content))
+    return [
+        *("train", "--data.train_file", data, "--model.name", model, "--run.output_dir", tmp_path / "run"),
+        *("--data.max_length", 64, "--data.stride", 16, "--train.epochs", 1, "--data.cache_dir", tmp_path / "cache"),
+    ]
+
+
+def test_bad_data_fails_before_the_first_step_and_can_be_mended(tmp_path: Path, model_dir: Path, capsys):
+    bad = GOOD | {"answers": [{"text": "Rome", "answer_start": 2}]}
+    flags = train_flags(tmp_path, model_dir, [bad])
+    code, message = attempt(capsys, *flags)
+    assert code == 2
+    assert "does not point at its text" in message
+    assert "'q1'" in message
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["step"], status["exit_code"]) == ("failed", 0, 2)
+    assert "does not point at its text" in status["reason"]
+    code, message = attempt(capsys, *train_flags(tmp_path, model_dir))
+    assert (code, message) == (0, "")
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "completed"
+
+
+def test_a_run_without_validation_data(tmp_path: Path, model_dir: Path, capsys):
+    assert attempt(capsys, *train_flags(tmp_path, model_dir))[0] == 0
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["history"][0]["train_loss"] > 0
+    assert (tmp_path / "run/model/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--model.name", "./nowhere"], "model.name: ./nowhere: there is no such directory"),
+        (["--model.name", "nobody/nothing"], "cannot be loaded"),
+        (["--model.tokenizer", "./nowhere"], "model.tokenizer: ./nowhere: there is no such directory"),
+        (["--data.max_length", 400], "data.max_length: 400 is more than the 128 positions"),
+        (["--data.max_length", 17], "1 questions leave no room for their context: 'q1'"),
+        (["--data.train_file", "nowhere.json"], "there is no such file"),
+        (["--data.cache_dir", "/proc/nowhere"], "prepared features cannot be stored"),
+    ],
+)
+def test_settings_that_do_not_fit(tmp_path: Path, model_dir: Path, capsys, flags: list[object], expected: str):
+    code, message = attempt(capsys, *train_flags(tmp_path, model_dir), *flags)
+    assert code == 2
+    assert expected in message
+
+
+def changed(model_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_dir, tmp_path / "changed"))
+
+
+def test_a_model_type_without_a_head_for_the_task(tmp_path: Path, model_dir: Path, capsys):
+    model = changed(model_dir, tmp_path)
+    for config, kind in ((GPT2Config(), None), ({"model_type": "vit"}, "vit")):
+        content = config if isinstance(config, dict) else config.to_dict() | {"model_type": "clip"}
+        (model / "config.json").write_text(json.dumps(content))
+        code, message = attempt(capsys, *train_flags(tmp_path, model))
+        assert code == 2
+        assert "transformers has no question answering model of type" in message
+        assert kind is None or kind in message
+
+
+def test_a_tokenizer_that_is_not_fast(tmp_path: Path, model_dir: Path, capsys, monkeypatch):
+    from transformers import AutoTokenizer
+
+    class Slow:
+        is_fast = False
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: Slow())
+    code, message = attempt(capsys, *train_flags(tmp_path, model_dir))
+    assert code == 2
+    assert "is not a fast one" in message
+
+
+def test_weights_that_cannot_be_read(tmp_path: Path, model_dir: Path, capsys):
+    model = changed(model_dir, tmp_path)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    code, message = attempt(capsys, *train_flags(tmp_path, model))
+    assert code == 2
+    assert f"the weights of {str(model)!r} cannot be loaded" in message
+
+
+def test_a_tokenizer_of_another_model(tmp_path: Path, model_dir: Path, capsys):
+    model = changed(model_dir, tmp_path)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    code, message = attempt(capsys, *train_flags(tmp_path, model))
+    assert code == 2
+    assert "but the model only 100 embeddings" in message
+
+
+def test_evaluating_a_model_that_was_not_trained(tmp_path: Path, model_dir: Path, capsys):
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([GOOD]))
+    flags = ["--data.validation_file", data, "--run.output_dir", tmp_path / "e", "--data.max_length", 64]
+    code, message = attempt(capsys, "evaluate", "--model", model_dir, *flags, "--data.stride", 16)
+    assert code == 2
+    assert "has no weights for qa_outputs.bias, qa_outputs.weight: it has not been trained" in message
+
+
+def test_evaluating_with_nothing_said(capsys):
+    code, message = attempt(capsys, "evaluate")
+    assert code == 2
+    assert "data.validation_file: is not set" in message
+    assert "name a trained model (--model DIR)" in message
+
+
+def test_a_diverging_run_says_so(tmp_path: Path, model_dir: Path, capsys):
+    model = changed(model_dir, tmp_path)
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(model / "model.safetensors")
+    weights["embeddings.word_embeddings.weight"][:] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    code, message = attempt(capsys, *train_flags(tmp_path, model))
+    assert code == 1
+    assert "the loss is nan at step 1: training has diverged" in message
+
+
+def test_a_trained_model_of_a_newer_version(tmp_path: Path, capsys):
+    (tmp_path / "qa_dist.json").write_text('{"schema_version": 99, "settings": {}}')
+    code, message = attempt(capsys, "evaluate", "--model", tmp_path)
+    assert code == 2
+    assert "was written by a newer version" in message

@@ -1,0 +1,215 @@
+"""The command line as a user types it, from data to a model that transformers loads."""
+
+import json
+import os
+import re
+import signal
+import string
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+from qa_dist.config import SyntheticConfig
+from qa_dist.tasks.question_answering import synthetic
+from tests.helpers import ROOT, SHARED, Launcher, jsonl, squad, tiny_flags
+
+
+def write_corpus(path: Path, count: int, split: str, seed: int = 0) -> Path:
+    """A file in SQuAD's form."""
+    config = SyntheticConfig(train_examples=count, validation_examples=count, seed=seed)
+    examples = [
+        {
+            "id": e.id,
+            "question": e.question,
+            "context": e.context,
+            "answers": [{"text": t, "answer_start": s} for t, s in zip(e.answers, e.answer_starts, strict=True)],
+        }
+        for e in synthetic.generate(config, split)
+    ]
+    path.write_text(json.dumps(squad(examples)))
+    return path
+
+
+def official(dataset: Path, predictions: Path) -> dict[str, float]:
+    """SQuAD 1.1's figures, computed from the two files alone."""
+
+    def words(text: str) -> list[str]:
+        text = "".join(c for c in text.lower() if c not in string.punctuation)
+        return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+    def overlap(a: list[str], b: list[str]) -> float:
+        same = sum((Counter(a) & Counter(b)).values())
+        return 0.0 if not same else 2 * same / (len(a) + len(b))
+
+    guesses = json.loads(predictions.read_text())
+    exact = f1 = total = 0
+    for article in json.loads(dataset.read_text())["data"]:
+        for question in (q for p in article["paragraphs"] for q in p["qas"]):
+            guess = words(guesses[question["id"]])
+            golds = [words(answer["text"]) for answer in question["answers"]]
+            exact += any(guess == gold for gold in golds)
+            f1 += max(overlap(guess, gold) for gold in golds)
+            total += 1
+    return {"exact_match": 100 * exact / total, "f1": 100 * f1 / total}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on two processes, from files."""
+    directory = tmp_path_factory.mktemp("run")
+    train = write_corpus(directory / "train.json", 60, "train")
+    validation = write_corpus(directory / "validation.json", 21, "validation")
+    flags = tiny_flags(
+        **{
+            "data.synthetic.train_examples": "",
+            "data.synthetic.validation_examples": "",
+            "data.synthetic.long_share": "",
+            "data.train_file": str(train),
+            "data.validation_file": str(validation),
+            "evaluation.at_start": "true",
+        }
+    )
+    launch = Launcher(directory).train("zero2", 2, directory / "run", *flags)
+    assert launch.code == 0, launch.output
+    (directory / "output.txt").write_text(launch.output)
+    return directory / "run"
+
+
+def test_files_of_a_run(run: Path):
+    assert {path.name for path in run.iterdir()} == {
+        *("config.yaml", "metrics.json", "metrics.jsonl", "model", "nbest_predictions.json", "predictions.json"),
+        *("status.json", "tensorboard"),
+    }
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["exit_code"], status["reason"]) == ("completed", 0, "")
+    lines = jsonl(run / "metrics.jsonl")
+    steps = [line["step"] for line in lines if line["kind"] == "train"]
+    assert steps == list(range(1, status["step"] + 1))
+    assert {"loss", "learning_rate", "grad_norm", "samples_per_second", "epoch"} <= lines[-2].keys()
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert [row["epoch"] for row in metrics["history"]] == [0, 1, 2]
+    assert metrics["epoch"] == 2
+    assert metrics["train_seconds"] > 0
+    last = metrics["history"][-1]
+    assert {name: metrics[name] for name in ("exact_match", "f1", "loss")} == {
+        name: last[name] for name in ("exact_match", "f1", "loss")
+    }
+
+
+def test_figures_equal_the_official_ones(run: Path):
+    metrics = json.loads((run / "metrics.json").read_text())
+    expected = official(run.parent / "validation.json", run / "predictions.json")
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-12)
+
+
+def test_n_best_agrees_with_the_predictions(run: Path):
+    predictions = json.loads((run / "predictions.json").read_text())
+    n_best = json.loads((run / "nbest_predictions.json").read_text())
+    assert list(n_best) == list(predictions)
+    for example_id, entries in n_best.items():
+        assert entries[0]["text"] == predictions[example_id]
+        assert sum(entry["probability"] for entry in entries) == pytest.approx(1)
+        assert [e["score"] for e in entries] == sorted((e["score"] for e in entries), reverse=True)
+
+
+def test_tensorboard_holds_the_curves(run: Path):
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss", "train/learning_rate", "evaluation/exact_match", "evaluation/f1", "evaluation/loss"} <= tags
+    assert events.Scalars("evaluation/f1")[0].step == 0
+
+
+def test_what_a_person_sees(run: Path):
+    output = (run.parent / "output.txt").read_text()
+    assert "DeepSpeed ZeRO-2, float32, 2 processes on cpu" in output
+    assert output.count("DeepSpeed ZeRO-2") == 1  # the main process alone speaks
+    assert "samples/s" in output
+    assert "train loss" in output
+    for noise in ("Traceback", "WARNING", "FutureWarning", "built successfully"):
+        assert noise not in output
+
+
+def test_transformers_loads_the_model(run: Path):
+    model, info = AutoModelForQuestionAnswering.from_pretrained(run / "model", output_loading_info=True)
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    output = model(**tokenizer("Who?", "Ada lives in Paris.", return_tensors="pt"))
+    assert output.start_logits.isfinite().all()
+
+
+def test_evaluation_gives_the_last_epochs_figures(run: Path, launcher: Launcher, tmp_path: Path):
+    flags = ["--model", str(run / "model"), "--data.validation_file", str(run.parent / "validation.json")]
+    launch = launcher.run("ddp", 1, "-m", "qa_dist", "evaluate", *flags, "--run.output_dir", str(tmp_path / "e"))
+    assert launch.code == 0, launch.output
+    assert (tmp_path / "e/predictions.json").read_bytes() == (run / "predictions.json").read_bytes()
+    figures = json.loads((tmp_path / "e/metrics.json").read_text())
+    trained = json.loads((run / "metrics.json").read_text())
+    assert figures == {name: trained[name] for name in ("exact_match", "f1", "loss")}
+
+
+def test_a_finished_run_is_not_overwritten(run: Path, launcher: Launcher):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    launch = launcher.train("zero2", 2, run, *tiny_flags())
+    assert launch.code == 1  # what launchers make of 2
+    assert "holds another run (completed at step" in launch.output
+    assert "qa_dist/cli.py" not in launch.output  # no traceback of ours
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_on_all_ranks_and_keeps_the_weights(number: int, launcher: Launcher, tmp_path: Path):
+    flags = tiny_flags(**{"train.epochs": "2000"})
+    program = ["-m", "qa_dist", "train", "--run.output_dir", str(tmp_path / "run"), *flags]
+    process = launcher.start(launcher.command("zero2", 2, *program))
+    metrics = tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not (metrics.exists() and len(jsonl(metrics)) > 12) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(process.pid, number)  # as a terminal or a batch system does
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("stopped", 128 + number), output
+    assert status["step"] > 5
+    assert AutoModelForQuestionAnswering.from_pretrained(tmp_path / "run/model")
+    assert f"stopped by signal {number}" in output
+
+
+def test_the_demo_reaches_90_percent(launcher: Launcher, tmp_path: Path):
+    """launch/demo.sh without the installation."""
+    configs = ["--config_file", str(ROOT / "configs/accelerate/cpu_zero2.yaml"), "--main_process_port", "0"]
+    command = [*launcher.command("zero2", 2)[:3], "launch", *configs, "-m", "qa_dist", "train"]
+    process = launcher.start([*command, "--config", "configs/demo.yaml", "--run.output_dir", str(tmp_path / "demo")])
+    output, _ = process.communicate(timeout=290)
+    assert process.returncode == 0, output
+    metrics = json.loads((tmp_path / "demo/metrics.json").read_text())
+    assert metrics["history"][0]["exact_match"] < 5
+    assert metrics["exact_match"] >= 90
+
+
+@pytest.mark.skipif(not (SHARED / "models/minilm-l6").is_dir(), reason="the real model and data are not here")
+def test_a_real_model_on_real_data(launcher: Launcher, tmp_path: Path):
+    for name in ("train", "dev"):
+        dataset = json.loads((SHARED / f"data/squad_v1/{name}.json").read_text())
+        article = dataset["data"][0] | {"paragraphs": dataset["data"][0]["paragraphs"][:3]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(dataset | {"data": [article]}))
+    flags = [
+        *("--data.train_file", str(tmp_path / "train.json"), "--data.validation_file", str(tmp_path / "dev.json")),
+        *("--model.name", str(SHARED / "models/minilm-l6"), "--train.global_batch_size", "4"),
+    ]
+    launch = launcher.train("zero2", 2, tmp_path / "run", *flags, "--run.log_every", "1")
+    assert launch.code == 0, launch.output
+    assert "new weights: qa_outputs.bias, qa_outputs.weight" in launch.output
+    losses = [line["loss"] for line in jsonl(tmp_path / "run/metrics.jsonl") if line["kind"] == "train"]
+    assert losses[-1] < losses[0]
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert {k: metrics[k] for k in ("exact_match", "f1")} == pytest.approx(
+        official(tmp_path / "dev.json", tmp_path / "run/predictions.json")
+    )
