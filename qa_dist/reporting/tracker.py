@@ -57,14 +57,18 @@ class Tracker:
         if self._progress:
             self._progress.advance(self._bar)
 
+    def show(self, figures: str) -> None:
+        """Put `figures` beside the progress bar."""
+        if self._progress:
+            self._progress.update(self._bar, figures=figures)
+
     def log_step(self, step: int, total_steps: int, values: dict[str, float]) -> None:
         """`values` hold loss, learning_rate, grad_norm, samples_per_second and epoch."""
         self._store("train", step, values)
         figures = (
             f"loss {values['loss']:.3f}  lr {values['learning_rate']:.1e}  {values['samples_per_second']:.1f} samples/s"
         )
-        if self._progress:
-            self._progress.update(self._bar, figures=figures)
+        self.show(figures)
         if not self.console.is_terminal:
             left = (total_steps - step) * values["seconds_per_step"]
             self.say(f"step {step}/{total_steps}  {figures}  {left:.0f} s of training left")

@@ -210,6 +210,7 @@ class _Training:
     def _evaluate(self, epoch: int, train_loss: float | None) -> Score | None:
         score = None
         if self.validation_set is not None:
+            self.tracker.show("evaluating")
             score = evaluate(self.engine, self.task, self.validation_set, self.config.evaluation.batch_size)
         row = {"epoch": epoch, "step": self.progress.step, "train_loss": train_loss}
         self.progress.history.append(row | (score.metrics if score else {}))
