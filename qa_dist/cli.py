@@ -1,5 +1,7 @@
 """The command line: `qa-dist COMMAND …`, or `accelerate launch … -m qa_dist COMMAND …` on many processes."""
 
+import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,17 +34,19 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     arguments = list(sys.argv[1:] if args is None else args)
     try:
         sys.exit(_dispatch(arguments))
+    except KeyboardInterrupt:
+        _tell("qa-dist: interrupted")
+        sys.exit(130)
     except UserError as error:
         _tell(f"qa-dist: {error}")
         sys.exit(error.exit_code)
 
 
 def _tell(message: str) -> None:
-    """Say it once, however many processes there are."""
-    from qa_dist.training.launch_environment import LaunchEnvironment
-
-    if LaunchEnvironment.read().is_main:
-        print(message, file=sys.stderr, flush=True)
+    """Say it once on every node: what is wrong may be wrong on one of them alone."""
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    if local_rank == 0:
+        print(f"[{socket.gethostname()}] {message}" if rank else message, file=sys.stderr, flush=True)
 
 
 def _dispatch(args: list[str]) -> int:
@@ -65,7 +69,7 @@ def _dispatch(args: list[str]) -> int:
         return 0
     flags, options = from_flags(args, f"qa-dist {command}", COMMANDS[command], {"config": "YAML file with settings."})
     if command == "config show":
-        print(to_yaml(resolve(_sources(command, flags, options["config"]))), end="")
+        print(to_yaml(resolve(_sources(command, flags, options["config"]), [_combinations])), end="")
         return 0
     return _run(command, _sources(command, flags, options["config"]))
 
@@ -95,10 +99,14 @@ def _run(command: str, sources: list[Source]) -> int:
             return [Problem(("run.output_dir",), str(error))]
         return []
 
-    if command == "evaluate":
-        model = _model_name(sources)
-        sources = [exported_settings(model), *sources] if model else sources
-    config = resolve(sources, [_paths, _REQUIREMENTS[command], _combinations, launch.problems, output_dir_is_free])
+    if command == "evaluate" and (model := _model_name(sources)):
+        trained = Source()
+        trained.put("model.config", None, model)  # the config file may be the one that the model was trained with
+        sources = [exported_settings(model), *sources, trained]
+    checks = [_paths, *_CHECKS[command], launch.problems, output_dir_is_free]
+    if command == "train":
+        checks.append(launch.training_problems)
+    config = resolve(sources, checks)
     try:
         (loop.train if command == "train" else loop.evaluate_only)(config, launch)
     except StoppedError as stop:
@@ -144,9 +152,6 @@ def _evaluate_requirements(config: RunConfig) -> list[Problem]:
     return problems
 
 
-_REQUIREMENTS = {"train": _train_requirements, "evaluate": _evaluate_requirements}
-
-
 def _combinations(config: RunConfig) -> list[Problem]:
     data, model, train = config.data, config.model, config.train
     rules = [
@@ -159,8 +164,8 @@ def _combinations(config: RunConfig) -> list[Problem]:
         (
             ("data.synthetic", "data.train_file", "data.validation_file"),
             data.synthetic is not None and (data.train_file is not None or data.validation_file is not None),
-            "data.synthetic: generates both splits; leave out data.train_file and data.validation_file, or set "
-            "data.synthetic to none",
+            "data.synthetic: generates both splits; leave out data.train_file and data.validation_file, or "
+            "take data.synthetic out of the config file",
         ),
         (
             ("data.synthetic.unanswerable_share", "data.unanswerable"),
@@ -185,3 +190,6 @@ def _combinations(config: RunConfig) -> list[Problem]:
         ),
     ]
     return [Problem(keys, message) for keys, broken, message in rules if broken]
+
+
+_CHECKS = {"train": [_train_requirements, _combinations], "evaluate": [_evaluate_requirements, _combinations]}

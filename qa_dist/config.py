@@ -5,12 +5,13 @@ one source. How a `RunConfig` comes out of YAML files and command-line flags is 
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    JsonValue,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -41,7 +42,7 @@ class SyntheticConfig(Section):
     """Share of questions that the context does not answer; needs data.unanswerable allow."""
     long_share: float = Field(default=0.1, ge=0.0, le=1.0)
     """Share of contexts of about 250 words, longer than one window of the demo."""
-    seed: NonNegativeInt = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the corpus; the same seed gives the same corpus on every machine."""
 
 
@@ -73,7 +74,7 @@ class ModelConfig(Section):
 
     name: str | None = None
     """Pretrained model: a directory, or an id on the Hugging Face Hub."""
-    config: dict[str, Any] | None = None
+    config: dict[str, JsonValue] | None = None
     """Instead of a name: settings of a model trained from scratch, as in its config.json; needs model_type."""
     tokenizer: str | None = None
     """Tokenizer directory or Hub id, where it is not the model's own."""
@@ -111,7 +112,7 @@ class TrainConfig(Section):
     """Gradients are scaled down to this norm, on every engine alike; zero leaves them as they are."""
     group_by_length: bool = True
     """Build batches of windows of similar length, so that little is padded."""
-    seed: NonNegativeInt = 42
+    seed: int = Field(default=42, ge=0, lt=2**63)
     """Seed of the new weights, the order of the examples and dropout."""
 
 
@@ -122,7 +123,7 @@ class EvaluationConfig(Section):
     """Windows per process and forward pass."""
     at_start: bool = False
     """Also evaluate before the first step."""
-    n_best: PositiveInt = 20
+    n_best: int = Field(default=20, ge=1, le=100)
     """Starts and ends considered per window, and answers kept per example."""
     max_answer_length: PositiveInt = 30
     """Longest answer, in tokens."""
@@ -137,10 +138,25 @@ class OutputConfig(Section):
     """Name of the run; by default the config file's name."""
     output_dir: Path | None = None
     """The run directory; by default runs/ and the run's name."""
+    timeout_minutes: PositiveInt = 60
+    """How long a process waits for another one before it gives up; preparing the data must take less."""
     log_every: PositiveInt = 10
     """Optimizer steps between two logged ones."""
     export: Literal["last", "best"] = "last"
     """Which epoch's weights and predictions the run directory ends with."""
+
+
+CARRIED_SETTINGS = (
+    "task",
+    "data.max_length",
+    "data.stride",
+    "data.unanswerable",
+    "evaluation.batch_size",
+    "evaluation.n_best",
+    "evaluation.max_answer_length",
+    "evaluation.null_score_diff_threshold",
+)
+"""Settings that travel with a trained model, for whoever uses it; nothing else is taken from there."""
 
 
 class RunConfig(Section):

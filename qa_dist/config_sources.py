@@ -92,9 +92,15 @@ def from_yaml(path: Path) -> Source:
 
     def walk(node: yaml.MappingNode, prefix: str) -> dict[str, Any]:
         result: dict[str, Any] = {}
+        own = [str(key.value) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        loader.flatten_mapping(node)  # merges: <<: *anchor, which the mapping's own keys follow
         for key_node, value_node in node.value:
             key, line = str(key_node.value), key_node.start_mark.line + 1
-            if key in result:
+            if "." in key or not isinstance(key_node, yaml.ScalarNode):
+                section, _, rest = key.partition(".")
+                problem(f"{key} is not a key; write `{section}:` and below it, indented, `{rest or '…'}:`", line)
+                continue
+            if key in result and own.count(key) > 1:
                 problem(f"{prefix}{key} is set twice; keep one of them", line)
             source.places[prefix + key] = f"{path}:{line}"
             if isinstance(value_node, yaml.MappingNode):
@@ -116,6 +122,8 @@ def from_yaml(path: Path) -> Source:
         problem(f"cannot be read ({error.strerror})")
     except UnicodeDecodeError:
         problem("is not UTF-8 text")
+    except (ValueError, RecursionError) as error:  # an impossible date, a number of 5,000 digits, a loop of anchors
+        problem(f"holds a value that cannot be read ({type(error).__name__}: {error})")
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem(f"is not YAML: {getattr(error, 'problem', None) or error}", mark.line + 1 if mark else None)

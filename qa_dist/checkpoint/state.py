@@ -12,7 +12,7 @@ def full_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor
     """The model's whole weights by name, float32, on the CPU: the master weights where training keeps a copy in
     low precision. On the main process; None on the others, all of which must call it too."""
     is_main = accelerator.is_main_process
-    plain: Any = accelerator.unwrap_model(model)
+    plain: Any = accelerator.unwrap_model(model, keep_torch_compile=False)
     weights: dict[str, Tensor] = {}
     for name, parameter in plain.named_parameters():
         whole = _whole(accelerator, parameter)
@@ -30,10 +30,13 @@ def full_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor
 
 
 def _whole(accelerator: Accelerator, parameter: nn.Parameter) -> Tensor:
-    whole: Tensor | None = None
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        import deepspeed
         from deepspeed.utils import safe_get_full_fp32_param
 
-        whole = safe_get_full_fp32_param(parameter)
-    # ZeRO-0 in float32 has no master copy beside the parameter itself
-    return (parameter if whole is None else whole).detach().to("cpu", torch.float32, copy=True)
+        if (whole := safe_get_full_fp32_param(parameter)) is not None:
+            return whole.detach().to("cpu", torch.float32, copy=True)
+        if hasattr(parameter, "ds_id"):  # ZeRO-3 shards what is not trained too, without a master copy
+            with deepspeed.zero.GatheredParameters([parameter]):
+                return parameter.detach().to("cpu", torch.float32, copy=True)
+    return parameter.detach().to("cpu", torch.float32, copy=True)

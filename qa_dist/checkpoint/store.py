@@ -27,14 +27,6 @@ def publish_directory(target: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def publish_file(target: Path, content: str) -> None:
-    """Write a file that others may read at any time: they see the old content or the new, never a part."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_text(content, encoding="utf-8")
-    flush(temporary)
-    temporary.replace(target)
-
-
 def flush(path: Path) -> None:
     """Wait until a file or a directory is on the disk, not only in memory."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import math
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +28,7 @@ class StoppedError(Exception):
 def require_free(path: Path) -> None:
     """Raise `UserError` if `path` holds what a new run would overwrite.
 
-    A run that failed before its first step has left nothing of value: its directory is free.
+    A run that failed, or was killed, before its first step has left nothing of value: its directory is free.
     """
     if path.exists() and not path.is_dir():
         raise UserError(f"run.output_dir: {path} is a file; name a directory")
@@ -34,7 +36,8 @@ def require_free(path: Path) -> None:
     if not in_use:
         return
     status = read_status(path)
-    if status.get("state") == "failed" and status.get("step") == 0 and "model" not in in_use:
+    ended = status.get("state") == "failed" or (status.get("state") == "running" and _is_gone(status))
+    if ended and status.get("step") == 0 and "model" not in in_use:
         return
     state = f" ({status['state']} at step {status['step']})" if {"state", "step"} <= status.keys() else ""
     raise UserError(
@@ -52,6 +55,19 @@ def read_status(path: Path) -> dict[str, Any]:
     return status if isinstance(status, dict) else {}
 
 
+def _is_gone(status: dict[str, Any]) -> bool:
+    """Whether the process that wrote `status` is known to have ended: only on its own host can one tell."""
+    if status.get("host") != socket.gethostname() or not isinstance(status.get("pid"), int):
+        return False
+    try:
+        os.kill(status["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 class RunDirectory:
     """The directory of this run. On all but the main process every method does nothing."""
 
@@ -61,22 +77,32 @@ class RunDirectory:
         self.step = 0
         """Optimizer steps done; part of the status."""
 
+    def open(self, config_yaml: str) -> None:
+        """Make the directory, write the config, and say that the run is running.
+
+        Raises `UserError` if the directory holds another run or cannot be written.
+        """
+        if not self.is_main:
+            return
+        require_free(self.path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "metrics.jsonl").unlink(missing_ok=True)
+            self.write("config.yaml", config_yaml)
+            self._status("running", "", None)
+        except OSError as error:
+            raise UserError(f"run.output_dir: {self.path} cannot be written: {error.strerror}") from None
+
     @contextlib.contextmanager
-    def recorded(self, config_yaml: str) -> Iterator[None]:
-        """Around the whole run: write the config, and keep status.json true to how the run ends."""
-        if self.is_main:
-            require_free(self.path)
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                (self.path / "metrics.jsonl").unlink(missing_ok=True)
-                self.write("config.yaml", config_yaml)
-            except OSError as error:
-                raise UserError(f"run.output_dir: {self.path} cannot be written: {error.strerror}") from None
-        self._status("running", "", None)
+    def recorded(self) -> Iterator[None]:
+        """Around all that follows `open`: keep status.json true to how the run ends."""
         try:
             yield
         except StoppedError as stop:
             self._status("stopped", str(stop), stop.exit_code)
+            raise
+        except KeyboardInterrupt:
+            self._status("stopped", "interrupted at once by a second signal", 130)
             raise
         except UserError as error:
             self._status("failed", str(error), error.exit_code)
@@ -88,10 +114,15 @@ class RunDirectory:
 
     def _status(self, state: State, reason: str, exit_code: int | None) -> None:
         content = {"state": state, "reason": reason, "step": self.step, "exit_code": exit_code}
-        self.write_json("status.json", content | {"pid": os.getpid()})
+        try:
+            self.write_json("status.json", content | {"host": socket.gethostname(), "pid": os.getpid()})
+        except OSError:
+            if state == "running":
+                raise
+            # else the error that ends the run is the one to be told, not that the disk is full for this too
 
     def write_json(self, name: str, content: Any) -> None:
-        self.write(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        self.write(name, json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     def write(self, name: str, content: str) -> None:
         """Replace a file as a whole."""
@@ -105,4 +136,13 @@ class RunDirectory:
         """Add a line to metrics.jsonl."""
         if self.is_main:
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+                file.write(json.dumps(_finite(values), allow_nan=False) + "\n")
+
+
+def _finite(content: Any) -> Any:
+    """`content` with null for numbers that JSON does not have."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    return [_finite(value) for value in content] if isinstance(content, list) else content

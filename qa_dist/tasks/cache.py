@@ -1,8 +1,7 @@
 """Prepared features on disk, under a key that changes with everything they depend on."""
 
 import hashlib
-import shutil
-import tempfile
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,23 +29,20 @@ def cached_table(cache_dir: Path | None, key: str, build: Callable[[], pa.Table]
     Raises `UserError` when the cache cannot be written.
     """
     root = cache_dir or Path(HF_DATASETS_CACHE) / "qa_dist"
-    target = root / key
-    if not target.is_dir():
-        table = build()
-        temporary = None
+    target = root / f"{key}.arrow"
+    if not target.is_file():
+        # one record batch, so that every column is mapped as one array
+        (batch,) = build().combine_chunks().to_batches()
+        temporary = root / f".{key}.{os.getpid()}.tmp"
         try:
             root.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=root))
-            # the directory itself is what load_from_disk looks for, so it is renamed as a whole
-            datasets.Dataset(table).save_to_disk(temporary / "table", num_shards=1)
-            (temporary / "table").rename(target)
+            with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, batch.schema) as writer:
+                writer.write_batch(batch)
+            temporary.replace(target)
         except OSError as error:
-            if not target.is_dir():  # else another process was faster, with the same table
-                raise UserError(
-                    f"{root}: prepared features cannot be stored ({error.strerror or error}); free some space or "
-                    "set data.cache_dir to a directory that can be written"
-                ) from None
-        finally:
-            if temporary is not None:
-                shutil.rmtree(temporary, ignore_errors=True)
-    return datasets.load_from_disk(str(target))  # pyright: ignore[reportReturnType] -- a Dataset was saved
+            temporary.unlink(missing_ok=True)
+            raise UserError(
+                f"{root}: prepared features cannot be stored ({error.strerror or error}); free some space or set "
+                "data.cache_dir to a directory that can be written"
+            ) from None
+    return datasets.Dataset.from_file(str(target))

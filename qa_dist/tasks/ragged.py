@@ -35,10 +35,8 @@ class Ragged:
 
     @classmethod
     def from_arrow(cls, column: pa.ChunkedArray) -> "Ragged":
-        """Without a copy where the column is one chunk, as it is in a memory-mapped file of one batch."""
-        array = column.combine_chunks()
-        if isinstance(array, pa.ChunkedArray):
-            array = array.chunk(0) if array.num_chunks else pa.array([], type=array.type)
+        """A view, without a copy: the column has to be one chunk, as it is in a file of one record batch."""
+        (array,) = column.chunks
         offsets = array.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
         return cls(array.values.to_numpy(zero_copy_only=False), offsets)
 

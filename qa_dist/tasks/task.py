@@ -93,7 +93,3 @@ class Task(ABC):
     @abstractmethod
     def score(self, outputs: dict[str, npt.NDArray[Any]], features: FeatureSet) -> Score:
         """Score the `outputs` of all features, in the order of `features`. Called on the main process only."""
-
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """The settings, in the form of the config, that whoever uses the trained model needs to use again."""

@@ -9,6 +9,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,6 +32,17 @@ from qa_dist.training.launch_environment import LaunchEnvironment
 
 Result = TypeVar("Result")
 
+SUPPORTED = {
+    DistributedType.NO,
+    DistributedType.DEEPSPEED,
+    # all of these are DDP
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_HPU,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_XPU,
+}
+
 
 class Engine:
     """One process's part in a run.
@@ -41,16 +53,18 @@ class Engine:
     model: nn.Module
     """The wrapped model: call it as the plain one."""
 
-    def __init__(self, launch: LaunchEnvironment):
-        """Join the process group. Raises `UserError` when fewer processes found each other than were started."""
+    def __init__(self, launch: LaunchEnvironment, timeout_minutes: int):
+        """Join the process group. Raises `UserError` when fewer processes found each other than were started, or
+        the launch config names an engine that is not supported."""
         _quieten()
-        if launch.on_cpu and launch.use_deepspeed:
-            # Without a backend named, Accelerate chooses none on a machine without accelerators, and every
-            # process takes itself for the only one. cpu=True would switch DeepSpeed off.
-            with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has built an extension
-                self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
-        else:
-            self.accelerator = Accelerator(cpu=launch.on_cpu)
+        # Without a backend named, Accelerate chooses none for DeepSpeed on a machine without accelerators, and
+        # every process takes itself for the only one. cpu=True would switch DeepSpeed off.
+        deepspeed_on_cpu = launch.on_cpu and launch.use_deepspeed
+        group = InitProcessGroupKwargs(
+            backend="gloo" if deepspeed_on_cpu else None, timeout=timedelta(minutes=timeout_minutes)
+        )
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints that it has built an extension
+            self.accelerator = Accelerator(cpu=launch.on_cpu and not deepspeed_on_cpu, kwargs_handlers=[group])
         # Under ZeRO-3 transformers would build models in shards, with collectives in every layer's constructor.
         # Models are built whole here, on the host, so that new weights are the same under every engine.
         unset_hf_deepspeed_config()
@@ -61,7 +75,12 @@ class Engine:
         self._check_world(launch)
 
     def _check_world(self, launch: LaunchEnvironment) -> None:
-        alone = self.accelerator.distributed_type == DistributedType.NO
+        kind = self.accelerator.distributed_type
+        if kind not in SUPPORTED:
+            raise UserError(
+                f"distributed_type: {kind.name} (from the launch config) is not supported; use DEEPSPEED or MULTI_GPU"
+            )
+        alone = kind == DistributedType.NO
         if self.world_size != launch.world_size or (alone and launch.world_size > 1):
             raise UserError(
                 f"{launch.world_size} processes were started, but this one sees {self.world_size}: they would train "
@@ -186,19 +205,34 @@ class Engine:
     def local_main_first(self, function: Callable[[], Result]) -> Result:
         """Call `function` on one process of each node, then on the others, which find its results in the cache.
 
-        A `UserError` on any rank is raised on all of them, so that none waits for one that has gone.
+        An error on any rank ends all of them, so that none waits for one that has gone.
         """
-        result, error = None, None
-        for turn in (True, False):
-            if self.accelerator.is_local_main_process == turn:
-                try:
-                    result = function()
-                except UserError as raised:
-                    error = str(raised)
-            errors = gather_object([error]) if self.world_size > 1 else [error]
-            if found := [message for message in errors if message]:
-                raise UserError(found[0])
-        return result  # pyright: ignore[reportReturnType] -- every rank had its turn
+        is_local_main = self.accelerator.is_local_main_process
+        first = self._agreeing(function if is_local_main else None)
+        others = self._agreeing(None if is_local_main else function)
+        return first if is_local_main else others  # pyright: ignore[reportReturnType] -- every rank had its turn
+
+    def on_main(self, function: Callable[[], object]) -> None:
+        """Call `function` on the main process, such as to write files; an error there ends all ranks."""
+        self._agreeing(function if self.is_main else None)
+
+    def _agreeing(self, function: Callable[[], Result] | None) -> Result | None:
+        result, error, message = None, None, None
+        if function is not None:
+            try:
+                result = function()
+            except OSError as raised:  # a full disk, a directory that is gone
+                error = UserError(f"{raised.filename or 'a file'}: {raised.strerror or raised}")
+            except Exception as raised:
+                error = raised
+            if error is not None:
+                message = str(error) if isinstance(error, UserError) else f"process {self.rank} failed: {error!r}"
+        messages = gather_object([message]) if self.world_size > 1 else [message]
+        if error is not None:
+            raise error
+        if found := [text for text in messages if text]:
+            raise UserError(found[0])
+        return result
 
     def close(self) -> None:
         """Leave the process group."""

@@ -7,27 +7,38 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from qa_dist.errors import TrainingError
 from qa_dist.tasks.task import FeatureSet, Score, Task
 from qa_dist.training.batching import evaluation_batches
 from qa_dist.training.engine import Engine
+from qa_dist.training.preemption import StopRequest
 
 Outputs = dict[str, npt.NDArray[Any]]
 
 
-def evaluate(engine: Engine, task: Task, features: FeatureSet, batch_size: int) -> Score:
+def evaluate(engine: Engine, task: Task, features: FeatureSet, batch_size: int, stop: StopRequest) -> Score:
     """Run the model over all features and score what it says. The main process scores; every rank gets the
-    metrics, only the main process the files."""
-    outputs = collect(engine, task, features, batch_size)
+    metrics, only the main process the files.
+
+    Raises `TrainingError` for a model whose loss is no number, and `StoppedError` on request.
+    """
+    outputs = collect(engine, task, features, batch_size, stop)
     score = Score({})
-    if engine.is_main:
+
+    def score_all() -> None:
+        nonlocal score
         loss = float(outputs.pop("loss").astype(np.float64).mean())
+        if not np.isfinite(loss):
+            raise TrainingError(f"the validation loss is {loss}: the model's weights are not usable")
         score = task.score(outputs, features)
         score.metrics["loss"] = loss
+
+    engine.on_main(score_all)
     score.metrics = engine.broadcast(score.metrics)
     return score
 
 
-def collect(engine: Engine, task: Task, features: FeatureSet, batch_size: int) -> Outputs:
+def collect(engine: Engine, task: Task, features: FeatureSet, batch_size: int, stop: StopRequest) -> Outputs:
     """The task's outputs and the loss of every feature, in the order of `features`, each [num_features, …].
 
     On the main process; the others return empty arrays. Raises `RuntimeError` if a feature is missing or came
@@ -39,6 +50,7 @@ def collect(engine: Engine, task: Task, features: FeatureSet, batch_size: int) -
     for first in range(0, len(batches), engine.world_size):
         # In the last round there may be fewer batches than ranks. All must still run, and together, since a
         # sharded model is gathered for each forward pass: the surplus ranks start again from the first batch.
+        stop.raise_if_any(engine)
         real = min(engine.world_size, len(batches) - first)
         batch = features.collate(batches[(first + engine.rank) % len(batches)]).to(engine.device)
         with torch.no_grad():

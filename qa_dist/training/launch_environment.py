@@ -17,9 +17,10 @@ class LaunchEnvironment:
     local_rank: int
     world_size: int
     use_deepspeed: bool
-    zero_stage: int
     mixed_precision: str
     """no, fp16 or bf16."""
+    is_split: bool
+    """Whether more processes were asked for than this one, which has not been told of any."""
     on_cpu: bool
     """Whether the run is to use the CPU: because it was asked for, or because there is nothing else."""
 
@@ -31,7 +32,10 @@ class LaunchEnvironment:
             local_rank=int(get("LOCAL_RANK", "0")),
             world_size=int(get("WORLD_SIZE", "1")),
             use_deepspeed=get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true",
-            zero_stage=int(get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")),
+            # Accelerate's launcher for a single process sets the master's address only if more were asked for.
+            is_split="ACCELERATE_MIXED_PRECISION" in os.environ
+            and "MASTER_ADDR" in os.environ
+            and "WORLD_SIZE" not in os.environ,
             mixed_precision=get("ACCELERATE_MIXED_PRECISION", "no").lower(),
             on_cpu=get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1") or not torch.accelerator.is_available(),
         )
@@ -46,8 +50,17 @@ class LaunchEnvironment:
         return self.rank == 0
 
     def problems(self, config: RunConfig) -> list[Problem]:
-        """What about the launch does not fit this machine, or the config."""
+        """What about the launch does not fit this machine."""
         problems = []
+        if self.is_split:
+            problems.append(
+                Problem(
+                    (),
+                    "more processes were asked for, but this one was started alone, as Accelerate does for MULTI_CPU "
+                    "and for --cpu. On a CPU use distributed_type MULTI_GPU with use_cpu, or DEEPSPEED (see "
+                    "configs/accelerate)",
+                )
+            )
         if self.mixed_precision == "fp16" and self.on_cpu:
             problems.append(
                 Problem(
@@ -55,12 +68,14 @@ class LaunchEnvironment:
                     "mixed_precision: fp16 (from the launch config) does not exist on a CPU; set it to bf16 or no",
                 )
             )
-        if config.train.global_batch_size < self.world_size:
-            problems.append(
-                Problem(
-                    ("train.global_batch_size",),
-                    f"train.global_batch_size: {config.train.global_batch_size} is less than one window for each of "
-                    f"the {self.world_size} processes; raise it, or start fewer processes",
-                )
-            )
         return problems
+
+    def training_problems(self, config: RunConfig) -> list[Problem]:
+        """What about the launch does not fit the training settings."""
+        if config.train.global_batch_size >= self.world_size:
+            return []
+        message = (
+            f"train.global_batch_size: {config.train.global_batch_size} is less than one window for each of the "
+            f"{self.world_size} processes; raise it, or start fewer processes"
+        )
+        return [Problem(("train.global_batch_size",), message)]

@@ -8,13 +8,14 @@ that change.
 import math
 import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from qa_dist.checkpoint.state import full_weights
 from qa_dist.config import RunConfig
 from qa_dist.config_sources import to_yaml
-from qa_dist.errors import TrainingError, UserError
+from qa_dist.errors import TrainingError
 from qa_dist.reporting.run_directory import RunDirectory, StoppedError
 from qa_dist.reporting.tracker import History, Tracker
 from qa_dist.tasks import load_task
@@ -52,36 +53,78 @@ class Window:
     samples: int = 0
     seconds: float = 0.0
 
+    def add(self, loss: float, samples: int, seconds: float) -> None:
+        """Count one more step."""
+        self.loss += loss
+        self.steps += 1
+        self.samples += samples
+        self.seconds += seconds
+
 
 def train(config: RunConfig, launch: LaunchEnvironment) -> None:
     """Train and evaluate as `config` says, and leave the results in the run directory.
 
     Raises `UserError` for what the user can mend, and `StoppedError` after a signal.
     """
-    engine = Engine(launch)
+    engine = Engine(launch, config.run.timeout_minutes)
     run = RunDirectory(config.output_dir, engine.is_main)
+    engine.on_main(lambda: run.open(to_yaml(config)))
     stop = StopRequest()
-    with stop.listening(), run.recorded(to_yaml(config)):
-        task = engine.local_main_first(lambda: load_task(config))
-        training_set = engine.local_main_first(lambda: task.features("train"))
-        validation_set = engine.local_main_first(lambda: task.features("validation"))
-        assert training_set is not None  # the config's checks saw to that
-        for features in (training_set, validation_set):
-            engine.require_same(features.fingerprint if features else "", "the prepared features")
-        model, notes = engine.local_main_first(lambda: build_model(config, task))
-        tracker = Tracker(run, task.headline)
-        _introduce(tracker, engine, model, notes, {"training": training_set, "validation": validation_set})
-        engine.prepare(model, config.train)
-        _Training(config, engine, task, run, tracker, stop, training_set, validation_set).fit()
+    with stop.listening(), run.recorded():
+        parts = _load(config, engine, run, stop, ("train", "validation"))
+        engine.prepare(parts.model, config.train)
+        _Training(config, engine, parts.task, run, parts.tracker, stop, parts.sets).fit()
     engine.close()
 
 
+def evaluate_only(config: RunConfig, launch: LaunchEnvironment) -> None:
+    """Evaluate a trained model, and leave metrics and predictions in the run directory. Raises as `train` does."""
+    engine = Engine(launch, config.run.timeout_minutes)
+    run = RunDirectory(config.output_dir, engine.is_main)
+    engine.on_main(lambda: run.open(to_yaml(config)))
+    stop = StopRequest()
+    with stop.listening(), run.recorded():
+        parts = _load(config, engine, run, stop, ("validation",))
+        engine.prepare_for_evaluation(parts.model)
+        score = evaluate(engine, parts.task, parts.sets["validation"], config.evaluation.batch_size, stop)
+
+        def write() -> None:
+            run.write_json("metrics.json", score.metrics)
+            for name, content in score.files.items():
+                run.write_json(name, content)
+
+        engine.on_main(write)
+        parts.tracker.log_evaluation(0, [{"epoch": None, "step": 0, "train_loss": None, **score.metrics}])
+        parts.tracker.say(f"done: {run.path}")
+    engine.close()
+
+
+class _Parts(NamedTuple):
+    task: Task
+    sets: dict[str, FeatureSet]
+    model: torch.nn.Module
+    tracker: Tracker
+
+
+def _load(config: RunConfig, engine: Engine, run: RunDirectory, stop: StopRequest, splits: tuple[str, ...]) -> _Parts:
+    """The task, the features of `splits` and the model, the same on all ranks."""
+    task = engine.local_main_first(lambda: load_task(config))
+    sets: dict[str, FeatureSet] = {}
+    for split in splits:
+        stop.raise_if_any(engine)
+        features = engine.local_main_first(lambda split=split: task.features(split))
+        engine.require_same(features.fingerprint if features else "", f"the {split} features")
+        if features is not None:
+            sets[split] = features
+    model, notes = engine.local_main_first(lambda: build_model(config, task, trained="train" not in splits))
+    stop.raise_if_any(engine)
+    tracker = Tracker(run, task.headline)
+    _introduce(tracker, engine, model, notes, sets)
+    return _Parts(task, sets, model, tracker)
+
+
 def _introduce(
-    tracker: Tracker,
-    engine: Engine,
-    model: torch.nn.Module,
-    notes: list[str],
-    sets: dict[str, FeatureSet | None],
+    tracker: Tracker, engine: Engine, model: torch.nn.Module, notes: list[str], sets: dict[str, FeatureSet]
 ) -> None:
     if not engine.is_main:
         return
@@ -89,16 +132,12 @@ def _introduce(
     tracker.say(f"{engine.description}; {parameters / 1e6:.1f} M parameters")
     for note in notes:
         tracker.say(f"model: {note}")
-    for name, features in sets.items():
-        if features is None:
-            tracker.say(f"{name}: none")
-            continue
+    for split, features in sets.items():
         lengths = features.lengths
-        tracker.say(
-            f"{name}: {len(features):,} windows, {lengths.mean():.0f} tokens on average, {lengths.max()} at most"
-        )
+        figures = f"{len(features):,} windows, {lengths.mean():.0f} tokens on average, {lengths.max()} at most"
+        tracker.say(f"{split}: {figures}")
         for note in features.notes:
-            tracker.say(f"{name}: note: {note}")
+            tracker.say(f"{split}: note: {note}")
 
 
 @dataclass
@@ -109,12 +148,13 @@ class _Training:
     run: RunDirectory
     tracker: Tracker
     stop: StopRequest
-    training_set: FeatureSet
-    validation_set: FeatureSet | None
+    sets: dict[str, FeatureSet]
     progress: Progress = field(default_factory=Progress)
+    window: Window = field(default_factory=Window)
 
     def __post_init__(self) -> None:
         settings = self.config.train
+        self.training_set = self.sets["train"]
         self.steps_per_epoch = num_batches(len(self.training_set), settings.global_batch_size)
         self.total_steps = settings.epochs * self.steps_per_epoch
         share = -(-settings.global_batch_size // self.engine.world_size)
@@ -122,15 +162,23 @@ class _Training:
 
     def fit(self) -> None:
         with self.tracker.training(self.total_steps):
-            if self.config.evaluation.at_start and self.validation_set is not None:
-                self._evaluate(epoch=0, train_loss=None)
-            for epoch in range(1, self.config.train.epochs + 1):
-                train_loss = self._train_epoch(epoch)
-                score = self._evaluate(epoch, train_loss)
-                if self.config.run.export == "last" or self._is_best():
-                    self._export(epoch, score)
-                self._write_metrics()
+            try:
+                self._run_epochs()
+            except StoppedError:  # agreed by all ranks, so all are here
+                if self.progress.exported_epoch is None and self.progress.step > 0:
+                    self._export(0, None)
+                raise
         self.tracker.say(f"done: {self.run.path}")
+
+    def _run_epochs(self) -> None:
+        if self.config.evaluation.at_start:
+            self._evaluate(epoch=0, train_loss=None)
+        for epoch in range(1, self.config.train.epochs + 1):
+            train_loss = self._train_epoch(epoch)
+            score = self._evaluate(epoch, train_loss)
+            if self.config.run.export == "last" or self._is_best():
+                self._export(epoch, score)
+            self._write_metrics()
 
     def _train_epoch(self, epoch: int) -> float:
         """Run an epoch's steps. Returns the mean loss over them."""
@@ -142,25 +190,26 @@ class _Training:
             global_batch_size=settings.global_batch_size,
             group_by_length=settings.group_by_length,
         )
-        total_loss, window = 0.0, Window()
+        total_loss = 0.0
         for batch in batches:
             started = time.perf_counter()
             rate = learning_rate(self.progress.step, self.total_steps, settings)
-            loss, grad_norm = self._train_step(batch, rate)
+            loss, grad_norm, stopping = self._train_step(batch, rate)
             seconds = time.perf_counter() - started
             self.progress.step += 1
             self.run.step = self.progress.step
             self.progress.train_seconds += seconds
             total_loss += loss
-            window = Window(window.loss + loss, window.steps + 1, window.samples + len(batch), window.seconds + seconds)
+            self.window.add(loss, len(batch), seconds)
             self.tracker.advance()
             if self.progress.step % self.config.run.log_every == 0 or self.progress.step == self.total_steps:
-                self._log(window, rate, grad_norm)
-                window = Window()
+                self._log(rate, grad_norm)
+            if stopping:
+                raise self.stop.error()
         return total_loss / len(batches)
 
-    def _train_step(self, batch: Indices, rate: float) -> tuple[float, float]:
-        """One optimizer step on a global batch. Returns its loss and the gradients' norm.
+    def _train_step(self, batch: Indices, rate: float) -> tuple[float, float, bool]:
+        """One optimizer step on a global batch. Returns its loss, the gradients' norm, and whether to stop.
 
         The loss is the mean over the features of the global batch, however they are divided: each rank's sum is
         scaled by world size / batch size, since the engines average gradients over the ranks.
@@ -192,11 +241,10 @@ class _Training:
                 f"the loss is {loss} at step {self.progress.step + 1}: training has diverged. Lower "
                 "train.learning_rate, or lengthen train.warmup_ratio"
             )
-        if stops:
-            self._stop()
-        return loss, grad_norm
+        return loss, grad_norm, stops > 0
 
-    def _log(self, window: Window, rate: float, grad_norm: float) -> None:
+    def _log(self, rate: float, grad_norm: float) -> None:
+        window, self.window = self.window, Window()
         values = {
             "epoch": self.progress.step / self.steps_per_epoch,
             "loss": window.loss / window.steps,
@@ -209,9 +257,10 @@ class _Training:
 
     def _evaluate(self, epoch: int, train_loss: float | None) -> Score | None:
         score = None
-        if self.validation_set is not None:
+        if "validation" in self.sets:
             self.tracker.show("evaluating")
-            score = evaluate(self.engine, self.task, self.validation_set, self.config.evaluation.batch_size)
+            batch_size = self.config.evaluation.batch_size
+            score = evaluate(self.engine, self.task, self.sets["validation"], batch_size, self.stop)
         row = {"epoch": epoch, "step": self.progress.step, "train_loss": train_loss}
         self.progress.history.append(row | (score.metrics if score else {}))
         self.tracker.log_evaluation(self.progress.step, self.progress.history)
@@ -226,11 +275,15 @@ class _Training:
     def _export(self, epoch: int, score: Score | None) -> None:
         """Make model/ and the predictions those of `epoch`."""
         weights = full_weights(self.engine.accelerator, self.engine.model)
-        if weights is not None:
-            model = self.engine.accelerator.unwrap_model(self.engine.model)
-            export_model(self.run.path / "model", model, weights, self.task)
+        model = self.engine.accelerator.unwrap_model(self.engine.model, keep_torch_compile=False)
+
+        def write() -> None:
+            assert weights is not None
+            export_model(self.run.path / "model", model, weights, self.task, self.config)
             for name, content in (score.files if score else {}).items():
                 self.run.write_json(name, content)
+
+        self.engine.on_main(write)
         self.progress.exported_epoch = epoch
 
     def _write_metrics(self) -> None:
@@ -238,35 +291,4 @@ class _Training:
         exported = next(row for row in self.progress.history if row["epoch"] == self.progress.exported_epoch)
         content = {name: value for name, value in exported.items() if name not in ("step", "train_loss")}
         content |= {"history": self.progress.history, "train_seconds": self.progress.train_seconds}
-        self.run.write_json("metrics.json", content)
-
-    def _stop(self) -> None:
-        """End the run on all ranks, keeping what there is."""
-        self.run.step = self.progress.step + 1
-        if self.progress.exported_epoch is None:
-            self._export(0, None)
-        number = self.stop.signal_number
-        reason = f"signal {number}" if number else "a signal to another process"
-        raise StoppedError(f"stopped by {reason} after step {self.run.step}", 128 + (number or 15))
-
-
-def evaluate_only(config: RunConfig, launch: LaunchEnvironment) -> None:
-    """Evaluate a trained model, and leave metrics and predictions in the run directory."""
-    engine = Engine(launch)
-    run = RunDirectory(config.output_dir, engine.is_main)
-    with run.recorded(to_yaml(config)):
-        task = engine.local_main_first(lambda: load_task(config))
-        features = engine.local_main_first(lambda: task.features("validation"))
-        if features is None:
-            raise UserError("data.validation_file: there is nothing to evaluate on; name a file")
-        model, notes = engine.local_main_first(lambda: build_model(config, task, trained=True))
-        tracker = Tracker(run, task.headline)
-        _introduce(tracker, engine, model, notes, {"validation": features})
-        engine.prepare_for_evaluation(model)
-        score = evaluate(engine, task, features, config.evaluation.batch_size)
-        tracker.log_evaluation(0, [{"epoch": None, "step": 0, "train_loss": None, **score.metrics}])
-        run.write_json("metrics.json", score.metrics)
-        for name, content in score.files.items():
-            run.write_json(name, content)
-        tracker.say(f"done: {run.path}")
-    engine.close()
+        self.engine.on_main(lambda: self.run.write_json("metrics.json", content))

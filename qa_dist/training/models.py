@@ -1,5 +1,6 @@
 """Models: pretrained ones and new ones, checked against the tokenizer and the windows before anything runs."""
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,12 @@ def build_model(config: RunConfig, task: Task, *, trained: bool = False) -> tupl
         model_config = _new_config(settings.config or {}, task.tokenizer)
         _check_head(model_config, task, "model.config")
         _check_fit(model_config, task.tokenizer, config.data.max_length)
-        return task.auto_model.from_config(model_config, dtype=torch.float32), []
+        try:
+            model = task.auto_model.from_config(model_config, dtype=torch.float32)
+        except Exception as error:  # sizes that do not divide each other and the like
+            raise UserError(f"model.config: no model can be built from it: {_first_line(error)}") from None
+        _try_out(model, task.tokenizer, config.data.max_length)
+        return model, []
     model_config = _pretrained_config(settings)
     _check_head(model_config, task, settings.name)
     _check_fit(model_config, task.tokenizer, config.data.max_length)
@@ -49,6 +55,7 @@ def build_model(config: RunConfig, task: Task, *, trained: bool = False) -> tupl
             f"model.name: {settings.name!r} has no weights for {listing(new)}: it has not been trained for "
             f"{task.name.replace('_', ' ')}. Train it first (qa-dist train --model.name {settings.name} …)"
         )
+    _try_out(model, task.tokenizer, config.data.max_length)
     return model, [f"new weights: {listing(new)}"] if new else []
 
 
@@ -59,7 +66,15 @@ def _new_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> P
     # models that know these tokens by other names
     special |= {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
     try:
+        known = AutoConfig.for_model(model_type)
+        unknown = [key for key in values if not hasattr(known, key)]
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], known.to_dict(), n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"model.config: {model_type} has no setting {listing(unknown)}{hint}")
         return AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **special, **values})
+    except UserError:
+        raise
     except Exception as error:  # each config class validates its values in its own way
         raise UserError(f"model.config: is not a valid {model_type!r} config: {_first_line(error)}") from None
 
@@ -106,6 +121,23 @@ def _check_fit(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBas
                 f"data.max_length: {max_length} is more than the {positions - taken} positions that the model has; "
                 f"set it to {positions - taken} or less"
             )
+
+
+def _try_out(model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Run one window of the full length. On a GPU, positions or tokens without an embedding would end the run
+    with an assertion on the device, in whichever step the first long window comes."""
+    texts = ("a", "a " * max_length)
+    inputs = tokenizer(*texts, truncation="only_second", max_length=max_length, return_tensors="pt", verbose=False)
+    try:
+        with torch.no_grad():
+            model.eval()(**inputs)
+    except Exception as error:  # whatever the model's code raises
+        raise UserError(
+            f"the model cannot process a window of {max_length} tokens: {_first_line(error)}. Lower data.max_length, "
+            "or use another model or tokenizer"
+        ) from None
+    finally:
+        model.train()
 
 
 def _first_line(error: Exception) -> str:

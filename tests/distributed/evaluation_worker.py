@@ -13,6 +13,7 @@ from qa_dist.tasks.task import Batch, FeatureSet
 from qa_dist.training.engine import Engine
 from qa_dist.training.evaluation import collect
 from qa_dist.training.launch_environment import LaunchEnvironment
+from qa_dist.training.preemption import StopRequest
 
 BATCH_SIZE = 3
 
@@ -54,13 +55,13 @@ class Sum(torch.nn.Module):
 
 
 def main() -> None:
-    engine = Engine(LaunchEnvironment.read())
+    engine = Engine(LaunchEnvironment.read(), timeout_minutes=5)
     checked = 0
     for count in range(1, 3 * engine.world_size * BATCH_SIZE + 2):
         features = Numbers(count)
         model = Sum()
         engine.model = model
-        outputs = collect(engine, SumTask(), features, BATCH_SIZE)  # pyright: ignore[reportArgumentType]
+        outputs = collect(engine, SumTask(), features, BATCH_SIZE, StopRequest())  # pyright: ignore[reportArgumentType]
         calls = engine.broadcast(model.calls)
         assert model.calls == calls, "ranks ran a different number of forward passes"
         if engine.is_main:

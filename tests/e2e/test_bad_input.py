@@ -79,7 +79,7 @@ def test_a_run_without_validation_data(tmp_path: Path, model_dir: Path, capsys):
         (["--model.name", "nobody/nothing"], "cannot be loaded"),
         (["--model.tokenizer", "./nowhere"], "model.tokenizer: ./nowhere: there is no such directory"),
         (["--data.max_length", 400], "data.max_length: 400 is more than the 128 positions"),
-        (["--data.max_length", 17], "1 questions leave no room for their context: 'q1'"),
+        (["--data.max_length", 12, "--data.stride", 8], "1 questions leave no room for their context: 'q1'"),
         (["--data.train_file", "nowhere.json"], "there is no such file"),
         (["--data.cache_dir", "/proc/nowhere"], "prepared features cannot be stored"),
     ],
@@ -161,6 +161,40 @@ def test_a_diverging_run_says_so(tmp_path: Path, model_dir: Path, capsys):
     code, message = attempt(capsys, *train_flags(tmp_path, model))
     assert code == 1
     assert "the loss is nan at step 1: training has diverged" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"hiden_size": 16}, "bert has no setting hiden_size; did you mean hidden_size?"),
+        ({"num_attention_heads": 3}, "no model can be built from it"),
+        ({"hidden_size": -8}, "model.config"),
+        ({"model_type": "bertt"}, "is not a valid 'bertt' config"),
+        ({"max_position_embeddings": 32}, "is more than the 32 positions"),
+        ({"model_type": "camembert", "max_position_embeddings": 64}, "cannot process a window of 64 tokens"),
+    ],
+)
+def test_new_models_that_cannot_be_made(tmp_path: Path, capsys, changes: dict[str, Any], expected: str):
+    flags = train_flags(tmp_path, tmp_path)
+    config = json.dumps(TINY_BERT | changes)
+    code, message = attempt(capsys, *flags, "--model.name", "none", "--model.config", config)
+    assert code == 2
+    assert expected in message
+
+
+def test_nothing_but_settings_is_taken_from_a_trained_model(tmp_path: Path, capsys, model_dir: Path):
+    """A model directory may come from anywhere: it must not switch on foreign code or choose where to write."""
+    from qa_dist.training.export import exported_settings
+
+    model = changed(model_dir, tmp_path)
+    settings = {"model.trust_remote_code": True, "run.output_dir": "/tmp/evil", "data.stride": 7}
+    (model / "qa_dist.json").write_text(json.dumps({"schema_version": 1, "settings": settings}))
+    assert exported_settings(str(model)).values == {"data": {"stride": 7}}
+    for content in ('{"schema_version": "1", "settings": {}}', '{"schema_version": 1, "settings": 3}', "[" * 9000):
+        (model / "qa_dist.json").write_text(content)
+        code, message = attempt(capsys, "evaluate", "--model", model)
+        assert code == 2
+        assert "cannot be read as the settings of a trained model" in message
 
 
 def test_a_trained_model_of_a_newer_version(tmp_path: Path, capsys):

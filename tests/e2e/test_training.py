@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
@@ -181,6 +182,27 @@ def test_a_signal_ends_the_run_on_all_ranks_and_keeps_the_weights(number: int, l
     assert status["step"] > 5
     assert AutoModelForQuestionAnswering.from_pretrained(tmp_path / "run/model")
     assert f"stopped by signal {number}" in output
+
+
+@pytest.mark.parametrize("flags", [{"distributed_type": "MULTI_CPU"}, {"distributed_type": "NO"}])
+def test_processes_that_would_train_apart_are_refused(flags: dict[str, str], launcher: Launcher, tmp_path: Path):
+    config = launcher.config("ddp", 2, **flags)
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | flags | {"main_process_port": 29511}))
+    command = launcher.command("ddp", 2)[:-1]
+    program = ["-m", "qa_dist", "train", "--run.output_dir", str(tmp_path / "run"), *tiny_flags()]
+    process = launcher.start([*command, str(config), *program])
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert "more processes were asked for, but this one was started alone" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_on_the_main_process_ends_all_of_them(launcher: Launcher, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    launch = launcher.train("ddp", 2, tmp_path / "file" / "run", *tiny_flags(), timeout=60)
+    assert launch.code == 1
+    assert "cannot be written" in launch.output
+    assert "qa_dist/cli.py" not in launch.output  # no rank died of another's end
 
 
 def test_the_demo_reaches_90_percent(launcher: Launcher, tmp_path: Path):

@@ -49,6 +49,14 @@ def test_flags_win_over_the_file(tmp_path: Path):
     assert (config.train.epochs, config.train.seed, config.model.name) == (9, 7, "some/model")
 
 
+def test_yaml_merges(tmp_path: Path):
+    (tmp_path / "d.yaml").write_text("data:\n  <<: {max_length: 99, stride: 7}\n  stride: 8\n")
+    assert resolve([from_yaml(tmp_path / "d.yaml")]).data.model_dump(include={"max_length", "stride"}) == {
+        "max_length": 99,
+        "stride": 8,
+    }
+
+
 def test_none_on_the_command_line_unsets(tmp_path: Path):
     (tmp_path / "c.yaml").write_text("train: {micro_batch_size: 4}\n")
     assert (
@@ -100,6 +108,12 @@ def test_all_problems_are_reported_at_once_with_place_value_and_remedy(tmp_path:
         ("data: {synthetic: {seed: -1}}\n", "data.synthetic.seed: -1 is not valid"),
         ("train: {epochs: 1.5}\n", "train.epochs: 1.5 is not valid"),
         ("run: {export: worst}\n", "it takes last|best"),
+        ("train.epochs: 3\n", "write `train:` and below it, indented, `epochs:`"),
+        ("? [a, b]\n: 3\n", "is not a key"),
+        ("run: {name: 2024-13-45}\n", "holds a value that cannot be read"),
+        ("data: &d {max_length: *d}\n", "cannot be read"),
+        ("train: {seed: 99999999999999999999999}\n", "train.seed: 99999999999999999999999 is not valid"),
+        ("model: {config: {model_type: bert, x: !!binary aGk=}}\n", "model.config"),
     ],
 )
 def test_what_can_be_wrong_in_a_file(tmp_path: Path, content: str, expected: str):
@@ -146,13 +160,21 @@ def test_fp16_on_a_cpu_is_refused(capsys, monkeypatch):
     assert "fp16 (from the launch config) does not exist on a CPU" in capsys.readouterr().err
 
 
-def test_only_the_main_process_speaks(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize(("rank", "local_rank", "speaks"), [(0, 0, True), (1, 1, False), (2, 0, True)])
+def test_one_process_of_each_node_speaks(rank: int, local_rank: int, speaks: bool, capsys, monkeypatch):
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank), ("WORLD_SIZE", 4)):
+        monkeypatch.setenv(name, str(value))
     with pytest.raises(SystemExit) as exit_:
         main(["train"])
     assert exit_.value.code == 2
-    assert capsys.readouterr().err == ""
+    assert ("model.name: is not set" in capsys.readouterr().err) == speaks
+
+
+def test_config_show_checks_combinations(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["config", "show", "--data.stride", "999"])
+    assert exit_.value.code == 2
+    assert "data.stride: 999 is not smaller" in capsys.readouterr().err
 
 
 def test_unknown_command_and_help(capsys):

@@ -68,6 +68,13 @@ def test_forms(tmp_path: Path, content: Any):
         ([example(answers={"text": ["Paris"], "answer_start": []})], "not lists of the same length"),
         ([example(answers=[{"text": " ", "answer_start": 3}])], "an answer has no text"),
         ([example(answers=[])], "--data.unanswerable allow"),
+        ([example(answers=5)], "answers is neither a list nor an object"),
+        ([example(answers=[3])], "an answer has no text"),
+        ([example(is_impossible="false")], "is_impossible is neither true nor false"),
+        ([example(is_impossible=True)], "is_impossible is true, but there are answers"),
+        ([example(question="\ud800?")], "holds half of a surrogate pair"),
+        ("[" * 9000, "is not valid JSON"),
+        ('[{"id": ' + "9" * 5000 + "}]", "is not valid JSON"),
         ([{k: v for k, v in example().items() if k != "answers"}], "there is no field answers"),
     ],
 )
@@ -117,7 +124,7 @@ def test_misaligned_validation_answers_still_count_for_the_score(tmp_path: Path)
 
 
 def test_unanswerable(tmp_path: Path):
-    items = [example(), example(id="q2", answers=[]), example(id="q3", is_impossible=True)]
+    items = [example(), example(id="q2", answers=[]), example(id="q3", is_impossible=True, answers=[])]
     assert [len(e.answers) for e in load(tmp_path / "d.json", items, unanswerable="allow").items] == [1, 0, 0]
     dropped = load(tmp_path / "d.json", items, unanswerable="drop")
     assert [e.id for e in dropped.items] == ["q1"]

@@ -29,7 +29,7 @@ class Notes:
 
 
 def make_features(max_length: int, stride: int) -> QuestionAnsweringFeatures:
-    table = build_features(EXAMPLES, TOKENIZER, max_length=max_length, stride=stride)
+    table = build_features(EXAMPLES, TOKENIZER, max_length=max_length, stride=stride).combine_chunks()
     padding = {"input_ids": 0, "token_type_ids": 0}
     return QuestionAnsweringFeatures(Table(table), "key", padding, Notes())  # pyright: ignore[reportArgumentType]
 
@@ -79,11 +79,11 @@ def test_equals_the_plain_way(seed: int, n_best: int, max_answer_length: int, ti
         start, end = start.round(), end.round()
     outputs = reduce(FEATURES, start, end, n_best)
     expected, null = plain(FEATURES, start.numpy(), end.numpy(), n_best, max_answer_length)
-    decoding.FEATURES_PER_CHUNK, before = chunk, decoding.FEATURES_PER_CHUNK
+    decoding.PAIRS_PER_CHUNK, before = chunk * n_best**2, decoding.PAIRS_PER_CHUNK
     try:
         answers = decode(outputs, FEATURES, len(EXAMPLES), n_best=n_best, max_answer_length=max_answer_length)
     finally:
-        decoding.FEATURES_PER_CHUNK = before
+        decoding.PAIRS_PER_CHUNK = before
     np.testing.assert_array_equal(answers.null_score, np.array(null, dtype=np.float32))
     for i in range(len(EXAMPLES)):
         own = answers.example == i

@@ -1,6 +1,9 @@
 """Directories and files that are there complete, or not at all; and whose run they hold."""
 
 import json
+import os
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -31,7 +34,8 @@ def test_a_failed_write_leaves_the_old_directory(tmp_path: Path):
 
 def recorded(path: Path, error: BaseException | None = None, step: int = 0, is_main: bool = True) -> None:
     run = RunDirectory(path, is_main)
-    with run.recorded("a: 1\n"):
+    run.open("a: 1\n")
+    with run.recorded():
         assert not is_main or read_status(path)["state"] == "running"
         run.step = step
         if error:
@@ -45,7 +49,7 @@ def recorded(path: Path, error: BaseException | None = None, step: int = 0, is_m
         (UserError("mend it"), "failed", 2, "mend it"),
         (StoppedError("stopped by signal 15", 143), "stopped", 143, "stopped by signal 15"),
         (RuntimeError("boom"), "failed", 1, "RuntimeError: boom"),
-        (KeyboardInterrupt(), "failed", 1, "KeyboardInterrupt: "),
+        (KeyboardInterrupt(), "stopped", 130, "interrupted at once by a second signal"),
     ],
 )
 def test_status_tells_how_the_run_ended(tmp_path: Path, error, state: str, exit_code: int, reason: str):
@@ -83,6 +87,28 @@ def test_a_run_that_failed_before_its_first_step_may_be_tried_again(tmp_path: Pa
     assert not (tmp_path / "metrics.jsonl").exists()
     with pytest.raises(UserError):
         require_free(tmp_path)
+
+
+def test_a_run_that_was_killed_before_its_first_step_may_be_tried_again(tmp_path: Path):
+    status = {"state": "running", "step": 0, "host": socket.gethostname(), "pid": os.getpid()}
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    with pytest.raises(UserError, match="holds another run"):
+        require_free(tmp_path)  # that one is alive
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    (tmp_path / "status.json").write_text(json.dumps(status | {"pid": process.pid}))
+    require_free(tmp_path)
+    (tmp_path / "status.json").write_text(json.dumps(status | {"pid": process.pid, "host": "elsewhere"}))
+    with pytest.raises(UserError):
+        require_free(tmp_path)
+
+
+def test_numbers_that_json_does_not_have_are_null(tmp_path: Path):
+    run = RunDirectory(tmp_path, is_main=True)
+    run.append_metrics({"grad_norm": float("inf"), "loss": 1.0})
+    run.write_json("x.json", {"history": [{"loss": float("nan")}]})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"grad_norm": None, "loss": 1.0}
+    assert json.loads((tmp_path / "x.json").read_text()) == {"history": [{"loss": None}]}
 
 
 def test_foreign_files_are_left_alone(tmp_path: Path):

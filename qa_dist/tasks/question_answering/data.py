@@ -58,11 +58,12 @@ def read_records(path: Path) -> list[Record]:
         raise UserError(f"{path}: the file is empty")
     try:
         document = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         first_line = text.lstrip().split("\n", 1)[0]
         if _is_json(first_line) and "\n" in text.strip():
             return list(_json_lines(path, text))
-        raise UserError(f"{path}:{error.lineno}: is not valid JSON: {error.msg} (column {error.colno})") from None
+        line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
+        raise UserError(f"{path}:{line}: is not valid JSON: {_json_error(error)}") from None
     if isinstance(document, dict) and {"question", "context"} <= document.keys():
         document = [document]  # JSON lines with a single line
     items = document.get("data") if isinstance(document, dict) else document
@@ -90,9 +91,14 @@ def require_readable(path: Path) -> None:
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
     return True
+
+
+def _json_error(error: Exception) -> str:
+    """Python's parser has limits of its own: on the digits of a number, and on depth."""
+    return f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _json_lines(path: Path, text: str) -> Iterator[Record]:
@@ -102,8 +108,8 @@ def _json_lines(path: Path, text: str) -> Iterator[Record]:
             continue
         try:
             values = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: is not valid JSON: {error.msg} (column {error.colno})") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}:{number}: is not valid JSON: {_json_error(error)}") from None
         if not isinstance(values, dict):
             raise UserError(f"{path}:{number}: is not an example (a JSON object)")
         yield Record(values, f"{path}, line {number}")
@@ -183,13 +189,15 @@ def _example(record: Record, example_id: str, wrong: dict[str, list[str]]) -> Ex
         if not isinstance(text, str) or not text.strip():
             wrong[f"the {key} is missing, empty or not a text"].append(where)
             good = False
-    answers: list[tuple[str, int]] = []
-    if not values.get("is_impossible"):
-        try:
-            answers = _answers(values)
-        except ValueError as error:
-            wrong[str(error)].append(where)
+        elif not _is_unicode(text):
+            wrong[f"the {key} holds half of a surrogate pair, which is no character"].append(where)
             good = False
+    answers: list[tuple[str, int]] = []
+    try:
+        answers = _answers(values)
+    except ValueError as error:
+        wrong[str(error)].append(where)
+        good = False
     if not good:
         return None
     texts, starts = tuple(text for text, _ in answers), tuple(start for _, start in answers)
@@ -198,9 +206,16 @@ def _example(record: Record, example_id: str, wrong: dict[str, list[str]]) -> Ex
 
 def _answers(values: dict[str, Any]) -> list[tuple[str, int]]:
     """(text, start) pairs from a list of {text, answer_start} or from {text: [...], answer_start: [...]}."""
-    if "answers" not in values:
+    impossible = values.get("is_impossible") or False
+    if not isinstance(impossible, bool):
+        raise ValueError("is_impossible is neither true nor false")
+    if "answers" not in values and not impossible:
         raise ValueError("there is no field answers")
-    answers = values["answers"] or []
+    answers = values.get("answers")
+    if answers is None:
+        answers = []
+    if not isinstance(answers, list | dict):
+        raise ValueError("answers is neither a list nor an object")
     if isinstance(answers, dict):
         texts, starts = answers.get("text", []), answers.get("answer_start", [])
         if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
@@ -215,7 +230,17 @@ def _answers(values: dict[str, Any]) -> list[tuple[str, int]]:
         if isinstance(start, bool) or not isinstance(start, int):
             raise ValueError("an answer has no answer_start (a whole number)")
         pairs.append((text, start))
+    if impossible and pairs:
+        raise ValueError("is_impossible is true, but there are answers")
     return pairs
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _align(

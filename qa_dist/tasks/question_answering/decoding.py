@@ -17,8 +17,8 @@ from torch import Tensor
 from qa_dist.tasks.question_answering.features import QuestionAnsweringFeatures
 from qa_dist.tasks.ragged import ranges
 
-FEATURES_PER_CHUNK = 4096
-"""Windows whose candidate pairs are held in memory at a time."""
+PAIRS_PER_CHUNK = 1_600_000
+"""Candidate pairs held in memory at a time, over all windows of a chunk."""
 
 
 def candidates(
@@ -81,9 +81,10 @@ def decode(
 
     An answer that two overlapping windows both hold counts once, with its higher score.
     """
+    chunk = max(1, PAIRS_PER_CHUNK // n_best**2)
     parts = [
-        _window_answers(outputs, slice(at, at + FEATURES_PER_CHUNK), n_best, max_answer_length)
-        for at in range(0, len(features), FEATURES_PER_CHUNK)
+        _window_answers(outputs, slice(at, at + chunk), n_best, max_answer_length)
+        for at in range(0, len(features), chunk)
     ]
     feature, start, end, start_logit, end_logit = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     score = start_logit + end_logit

@@ -28,101 +28,53 @@ class Relation:
 RELATIONS = (
     Relation(
         "city",
-        (
-            "{name} was born in {value}.",
-            "{She} came into the world in {value}.",
-            "The birthplace of {name} is {value}.",
-        ),
-        (
-            "Where was {name} born?",
-            "What is the birthplace of {name}?",
-            "In which city was {name} born?",
-        ),
+        ("{name} was born in {value}.", "{She} was born in {value}.", "{She} was born near the river in {value}."),
+        ("Where was {name} born?", "In which city was {name} born?"),
     ),
     Relation(
         "city",
-        (
-            "{She} studied in {value}.",
-            "{name} went to university in {value}.",
-            "{Her} student days were spent in {value}.",
-        ),
-        (
-            "Where did {name} study?",
-            "In which city did {name} go to university?",
-            "Where was {name} a student?",
-        ),
+        ("{She} studied in {value}.", "{name} studied in {value}.", "{She} studied law in {value}."),
+        ("Where did {name} study?", "In which city did {name} study?", "Where has {name} studied?"),
     ),
     Relation(
         "city",
-        (
-            "Today {she} lives in {value}.",
-            "{name} now lives in {value}.",
-            "{Her} home is in {value}.",
-        ),
-        (
-            "Where does {name} live?",
-            "In which city is the home of {name}?",
-            "Where is {name} living now?",
-        ),
+        ("Today {she} lives in {value}.", "{name} lives in {value}.", "{She} lives with a cat in {value}."),
+        ("Where does {name} live?", "In which city does {name} live?"),
     ),
     Relation(
         "city",
-        (
-            "{She} met {her} teacher in {value}.",
-            "It was in {value} that {she} met {her} teacher.",
-        ),
-        (
-            "Where did {name} meet {her} teacher?",
-            "In which city did {name} meet {her} teacher?",
-        ),
+        ("{She} met {her} teacher in {value}.", "{name} met {her} teacher by chance in {value}."),
+        ("Where did {name} meet {her} teacher?", "In which city did {name} meet {her} teacher?"),
     ),
     Relation(
         "year",
-        ("{Her} first book appeared in {value}.", "{She} published {her} first book in {value}."),
-        ("When did the first book of {name} appear?", "In which year did {name} publish {her} first book?"),
+        ("{Her} first book appeared in {value}.", "{Her} first book was printed in {value}."),
+        ("When did the first book of {name} appear?", "In which year was the first book of {name} printed?"),
     ),
     Relation(
         "year",
-        ("{She} married in {value}.", "The wedding took place in {value}."),
-        ("When did {name} marry?", "In which year was the wedding of {name}?"),
+        ("{She} married in {value}.", "{name} married in {value}."),
+        ("When did {name} marry?", "In which year did {name} marry?"),
     ),
     Relation(
         "year",
-        (
-            "{She} received the medal of the academy in {value}.",
-            "In {value} the academy gave {her2} its medal.",
-        ),
-        ("When did {name} receive the medal?", "In which year did the academy honour {name}?"),
-    ),
-    Relation(
-        "person",
-        ("{Her} teacher was {value}.", "{She} learned everything from {her} teacher {value}."),
-        ("Who was the teacher of {name}?", "Who taught {name}?"),
-    ),
-    Relation(
-        "person",
-        ("{She} married {value}.", "{Her} spouse is {value}."),
-        ("Whom did {name} marry?", "Who is the spouse of {name}?"),
-    ),
-    Relation(
-        "person",
-        ("{Her} rival was {value}.", "{She} quarrelled with {her} rival {value}."),
-        ("Who was the rival of {name}?", "With whom did {name} quarrel?"),
+        ("{She} received a medal in {value}.", "{name} was given a medal in {value}."),
+        ("When did {name} receive a medal?", "In which year was {name} given a medal?"),
     ),
     Relation(
         "thing",
-        ("{She} collects {value}.", "{Her} collection consists of {value}."),
-        ("What does {name} collect?", "What is in the collection of {name}?"),
+        ("{She} collects {value}.", "{name} collects {value}."),
+        ("What does {name} collect?", "Which things does {name} collect?"),
     ),
     Relation(
         "thing",
-        ("{She} is afraid of {value}.", "Nothing frightens {her2} more than {value}."),
-        ("What is {name} afraid of?", "What frightens {name}?"),
+        ("{She} is afraid of {value}.", "{name} is afraid of {value}."),
+        ("What is {name} afraid of?", "Which things is {name} afraid of?"),
     ),
     Relation(
         "thing",
-        ("{She} paints {value}.", "{Her} paintings show {value}."),
-        ("What does {name} paint?", "What do the paintings of {name} show?"),
+        ("{She} paints {value}.", "{name} paints {value}."),
+        ("What does {name} paint?", "Which things does {name} paint?"),
     ),
 )
 
@@ -167,8 +119,6 @@ class _Writer:
             return self._syllable().capitalize() + draw.choice(_CITY_ENDINGS)
         if kind == "year":
             return str(draw.randrange(1870, 2000))
-        if kind == "person":
-            return f"{draw.choice(_FIRST_NAMES)[0]} {self._surname()}"
         return f"{draw.choice(_ADJECTIVES)} {draw.choice(_NOUNS)}"
 
     def context(self, long: bool) -> tuple[dict[str, str], str, list[tuple[Relation, str, int]], list[Relation]]:
@@ -181,11 +131,10 @@ class _Writer:
             "she": "she" if female else "he",
             "Her": "Her" if female else "His",
             "her": "her" if female else "his",
-            "her2": "her" if female else "him",
         }
-        kinds = self.random.sample(("city", "year", "person", "thing"), k=2)
+        kinds = self.random.sample(("city", "year", "thing"), k=2)
         candidates = [relation for relation in RELATIONS if relation.kind in kinds]
-        stated = self.random.sample(candidates, k=self.random.randint(4, min(6, len(candidates))))
+        stated = self.random.sample(candidates, k=self.random.randint(3, 5))
         sentences: list[tuple[Relation | None, str, str]] = []
         used: set[str] = {words["name"]}
         for relation in stated:
@@ -212,7 +161,7 @@ class _Writer:
 def generate(config: SyntheticConfig, split: str) -> list[Example]:
     """The examples of `split` ("train" or "validation"), the same on every machine.
 
-    Up to three questions share a context, as in SQuAD.
+    Two questions share a context, as several do in SQuAD.
     """
     count = config.train_examples if split == "train" else config.validation_examples
     stream = random.Random(f"qa_dist {config.seed} {split}")
@@ -220,7 +169,7 @@ def generate(config: SyntheticConfig, split: str) -> list[Example]:
     examples: list[Example] = []
     while len(examples) < count:
         words, context, facts, absent = writer.context(long=stream.random() < config.long_share)
-        for relation, value, start in stream.sample(facts, k=min(3, count - len(examples))):
+        for relation, value, start in stream.sample(facts, k=min(2, count - len(examples))):
             unanswerable = bool(absent) and stream.random() < config.unanswerable_share
             asked = stream.choice(absent) if unanswerable else relation
             examples.append(

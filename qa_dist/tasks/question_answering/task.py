@@ -103,18 +103,6 @@ class QuestionAnswering(Task):
         assert metrics is not None
         return Score(metrics, {"predictions.json": predictions, "nbest_predictions.json": n_best})
 
-    def settings(self) -> dict[str, Any]:
-        config = self.config
-        return {
-            "task": self.name,
-            "data": {
-                "max_length": config.data.max_length,
-                "stride": config.data.stride,
-                "unanswerable": config.data.unanswerable,
-            },
-            "evaluation": config.evaluation.model_dump(exclude={"at_start"}),
-        }
-
 
 class _LazyExamples:
     """The examples of one split, read when first needed: where features are cached, most processes never do."""
