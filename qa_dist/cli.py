@@ -15,6 +15,7 @@ from qa_dist.errors import UserError
 COMMANDS = {
     "train": "Fine-tune a model and evaluate it after every epoch.",
     "evaluate": "Score a trained model: --model DIR --data.validation_file FILE --run.output_dir DIR.",
+    "prepare": "Read the data, show what is in them, and fill the cache, so that training starts at once.",
     "config show": "Print the complete settings as YAML, without starting anything.",
     "config reference": "Print a table of all settings.",
 }
@@ -99,6 +100,8 @@ def _run(command: str, sources: list[Source]) -> int:
             return [Problem(("run.output_dir",), str(error))]
         return []
 
+    if command == "prepare":
+        return _prepare(resolve(sources, [_paths, *_CHECKS["train"]]))
     if command == "evaluate" and (model := _model_name(sources)):
         trained = Source()
         trained.put("model.config", None, model)  # the config file may be the one that the model was trained with
@@ -115,6 +118,22 @@ def _run(command: str, sources: list[Source]) -> int:
     return 0
 
 
+def _prepare(config: RunConfig) -> int:
+    from rich.console import Console
+
+    from qa_dist.reporting.tracker import summary_table
+    from qa_dist.tasks import load_task
+
+    task = load_task(config)
+    sets = {split: features for split in ("train", "validation") if (features := task.features(split)) is not None}
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(summary_table(sets))
+    for split, features in sets.items():
+        for note in features.notes:
+            console.print(f"{split}: note: {note}", markup=False)
+    return 0
+
+
 def _model_name(sources: list[Source]) -> str | None:
     """What the sources say of model.name, before they are known to be right."""
     names = [source.values["model"].get("name") for source in sources if isinstance(source.values.get("model"), dict)]
@@ -125,18 +144,24 @@ def _model_name(sources: list[Source]) -> str | None:
 
 
 def _paths(config: RunConfig) -> list[Problem]:
+    from qa_dist.tasks.question_answering.reading import expand
+
     problems = []
-    for key in ("train_file", "validation_file"):
-        path = getattr(config.data, key)
-        if path is not None and not path.is_file():
-            what = "is a directory" if path.is_dir() else "there is no such file"
-            problems.append(Problem((f"data.{key}",), f"data.{key}: {path}: {what}; name a JSON file"))
+    for key in ("data.train_file", "data.validation_file"):
+        try:
+            expand(getattr(config.data, key.split(".")[1]), key)
+        except UserError as error:
+            problems.append(Problem((key,), str(error)))
     return problems
+
+
+def _is_any(config: RunConfig, *keys: str) -> bool:
+    return any(getattr(config.data, key) for key in keys)
 
 
 def _train_requirements(config: RunConfig) -> list[Problem]:
     problems = []
-    if config.data.train_file is None and config.data.synthetic is None:
+    if not _is_any(config, "train_file", "synthetic", "dataset"):
         problems.append(Problem(("data.train_file",), "data.train_file: is not set; name the training examples"))
     if config.model.name is None and config.model.config is None:
         problems.append(Problem(("model.name",), "model.name: is not set; name a pretrained model"))
@@ -145,7 +170,7 @@ def _train_requirements(config: RunConfig) -> list[Problem]:
 
 def _evaluate_requirements(config: RunConfig) -> list[Problem]:
     problems = []
-    if config.data.validation_file is None and config.data.synthetic is None:
+    if not _is_any(config, "validation_file", "synthetic", "dataset", "validation_share"):
         problems.append(Problem(("data.validation_file",), "data.validation_file: is not set; name the examples"))
     if config.model.name is None:
         problems.append(Problem(("model.name",), "model.name: is not set; name a trained model (--model DIR)"))
@@ -162,10 +187,20 @@ def _combinations(config: RunConfig) -> list[Problem]:
             "advance; lower it",
         ),
         (
-            ("data.synthetic", "data.train_file", "data.validation_file"),
-            data.synthetic is not None and (data.train_file is not None or data.validation_file is not None),
-            "data.synthetic: generates both splits; leave out data.train_file and data.validation_file, or "
-            "take data.synthetic out of the config file",
+            ("data.synthetic", "data.train_file", "data.validation_file", "data.dataset"),
+            data.synthetic is not None and _is_any(config, "train_file", "validation_file", "dataset"),
+            "data.synthetic: generates both splits; leave out data.train_file, data.validation_file and data.dataset, "
+            "or take data.synthetic out of the config file",
+        ),
+        (
+            ("data.dataset", "data.train_file", "data.validation_file"),
+            data.dataset is not None and _is_any(config, "train_file", "validation_file"),
+            "data.dataset: names the data, and so do data.train_file or data.validation_file; keep one",
+        ),
+        (
+            ("data.validation_share", "data.validation_file", "data.synthetic"),
+            data.validation_share > 0 and _is_any(config, "validation_file", "synthetic"),
+            "data.validation_share: holds out training examples, but there are validation data; keep one",
         ),
         (
             ("data.synthetic.unanswerable_share", "data.unanswerable"),

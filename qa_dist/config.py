@@ -5,10 +5,11 @@ one source. How a `RunConfig` comes out of YAML files and command-line flags is 
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
@@ -17,6 +18,14 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
 )
+
+
+def _as_names(value: object) -> object:
+    return () if value is None or value == ["none"] else (value,) if isinstance(value, str | Path) else value
+
+
+FileNames = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
+"""One file name or several."""
 
 
 class Section(BaseModel):
@@ -49,10 +58,28 @@ class SyntheticConfig(Section):
 class DataConfig(Section):
     """Where examples come from, and how they are cut into windows."""
 
-    train_file: Path | None = None
-    """Training examples: SQuAD's nested JSON, a flat JSON list, or JSON lines."""
-    validation_file: Path | None = None
-    """Validation examples, in the same forms; without one, nothing is evaluated."""
+    train_file: FileNames = ()
+    """Training examples: one or more files, or patterns such as data/*.json. SQuAD's nested JSON, a flat JSON list,
+    JSON lines, CSV, TSV or Parquet; each may be compressed with gzip."""
+    validation_file: FileNames = ()
+    """Validation examples, in the same forms; where nothing names any, nothing is evaluated."""
+    dataset: str | None = None
+    """Instead of files: a data set, as an id on the Hugging Face Hub or a directory of the `datasets` library."""
+    dataset_config: str | None = None
+    """Configuration of the data set, where it has several."""
+    train_split: str = "train"
+    """Split of the data set to train on."""
+    validation_split: str | None = "validation"
+    """Split of the data set to evaluate on."""
+    columns: dict[str, str] = {}
+    """Names of the columns, where they are not id, question, context and answers; answers may also be the two columns
+    answer_text and answer_start. Such as {context: passage, id: question_id}."""
+    validation_share: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the training examples to hold out for validation, in whole contexts; instead of validation data."""
+    max_train_samples: PositiveInt | None = None
+    """Train on the first so many examples only."""
+    max_validation_samples: PositiveInt | None = None
+    """Evaluate on the first so many examples only."""
     synthetic: SyntheticConfig | None = None
     """Generate the corpus instead of reading files."""
     on_misaligned: Literal["error", "drop", "repair"] = "error"

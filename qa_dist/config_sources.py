@@ -147,6 +147,10 @@ def _section_of(field: FieldInfo) -> type[Section] | None:
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 
 
+def _takes_several(field: FieldInfo) -> bool:
+    return typing.get_origin(field.annotation) is tuple
+
+
 def _metavar(field: FieldInfo) -> str:
     def name(annotation: Any) -> str:
         if typing.get_origin(annotation) is Literal:
@@ -155,6 +159,8 @@ def _metavar(field: FieldInfo) -> str:
             return name(typing.get_args(annotation)[0])
         if typing.get_origin(annotation) is dict:
             return "JSON"
+        if typing.get_origin(annotation) is tuple:
+            return "PATH ..."
         if args := [a for a in typing.get_args(annotation) if a is not type(None)]:
             return "|".join(map(name, args))
         return {bool: "true|false", str: "TEXT", Path: "PATH"}.get(annotation) or annotation.__name__.upper()
@@ -165,7 +171,7 @@ def _metavar(field: FieldInfo) -> str:
 def default_text(field: FieldInfo) -> str:
     """A setting's default for help texts and tables."""
     default = field.get_default(call_default_factory=True)
-    return "none" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+    return "none" if default in (None, (), {}) else str(default).lower() if isinstance(default, bool) else str(default)
 
 
 @functools.cache
@@ -185,7 +191,8 @@ def _flags_of(section: type[Section], extra: tuple[tuple[str, str], ...] = ()) -
             annotation = tyro.conf.arg(
                 help=text, metavar=_metavar(field), help_behavior_hint=f"(default: {default_text(field)})"
             )
-            fields.append((name, Annotated[str | None, annotation], None))
+            texts = tuple[str, ...] if _takes_several(field) else str
+            fields.append((name, Annotated[texts | None, annotation], None))
     flags = dataclasses.make_dataclass(section.__name__, fields)
     flags.__doc__ = section.__doc__
     return flags
@@ -220,7 +227,9 @@ def from_flags(
     return source, options
 
 
-def _from_text(text: str, field: FieldInfo) -> Any:
+def _from_text(text: str | tuple[str, ...], field: FieldInfo) -> Any:
+    if isinstance(text, tuple):
+        return list(text)
     optional = type(None) in typing.get_args(field.annotation)
     if optional and text.lower() in ("none", "null"):
         return None

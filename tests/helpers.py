@@ -1,4 +1,4 @@
-"""What several tests need: tiny tokenizers and models made on the spot, and real launches."""
+"""What several tests need: tiny models made on the spot, and real launches."""
 
 import json
 import os
@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -54,7 +52,6 @@ class Launcher:
             "main_process_port": 0,
             "num_processes": processes,
             "use_cpu": True,
-            **more,
         }
         if engine == "ddp":
             config["distributed_type"] = "MULTI_GPU" if processes > 1 else "NO"
@@ -66,6 +63,7 @@ class Launcher:
                 "offload_param_device": "none",
                 "zero3_init_flag": False,
             }
+        config |= more
         path = self.directory / f"launch-{engine}-{processes}.yaml"
         path.write_text(yaml.safe_dump(config))
         return path
@@ -138,44 +136,3 @@ def squad(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Flat examples in SQuAD's nested form."""
     paragraphs = [{"context": e["context"], "qas": [{k: v for k, v in e.items() if k != "context"}]} for e in examples]
     return {"version": "1.1", "data": [{"title": "t", "paragraphs": paragraphs}]}
-
-
-# ----------------------------------------------------------------------------------------------- tokenizers
-
-SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-
-
-def wordpiece_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """As BERT's: lower case, token types."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=list(SPECIAL.values()), show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    special = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=special
-    )
-    names = ["input_ids", "token_type_ids", "attention_mask"]
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **SPECIAL)
-
-
-def roberta_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """As RoBERTa's: byte-level, two separators between the texts, no token types."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    special = {"pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "<s>", "sep_token": "</s>"}
-    trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        special_tokens=list(special.values()),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    ids: dict[str, Any] = {name: tokenizer.token_to_id(name) for name in special.values()}
-    tokenizer.post_processor = processors.RobertaProcessing(
-        ("</s>", ids["</s>"]), ("<s>", ids["<s>"]), trim_offsets=True, add_prefix_space=False
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_input_names=["input_ids", "attention_mask"], **special
-    )

@@ -1,7 +1,7 @@
 """What a person sees while a run goes on: a progress bar and tables, TensorBoard, JSON lines."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -10,6 +10,7 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from qa_dist.reporting.run_directory import RunDirectory
+from qa_dist.tasks.task import FeatureSet
 
 History = list[dict[str, Any]]
 
@@ -93,3 +94,12 @@ class Tracker:
 
 def _shown(value: float | None) -> str:
     return "–" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
+def summary_table(sets: Mapping[str, FeatureSet]) -> Table:
+    """A column of figures for each split."""
+    table = Table("", *sets)
+    summaries = [features.summary() for features in sets.values()]
+    for name in summaries[0] if summaries else ():
+        table.add_row(name, *(summary.get(name, "") for summary in summaries))
+    return table

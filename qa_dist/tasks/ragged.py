@@ -53,10 +53,10 @@ class Ragged:
     def __getitem__(self, row: int) -> npt.NDArray[np.integer]:
         return self.values[self.offsets[row] : self.offsets[row + 1]]
 
-    def padded(self, rows: IntArray, width: int, fill: int) -> npt.NDArray[np.int64]:
-        """`rows` as a matrix [len(rows), width], filled up on the right."""
+    def padded(self, rows: IntArray, begin: IntArray, width: int, fill: int) -> npt.NDArray[np.int64]:
+        """`rows` as a matrix [len(rows), width], each from its column `begin` on, filled up on both sides."""
         result = np.full((len(rows), width), fill, dtype=np.int64)
         lengths = self.lengths[rows]
-        places = ranges(np.arange(len(rows), dtype=np.int64) * width, lengths)
+        places = ranges(np.arange(len(rows), dtype=np.int64) * width + begin, lengths)
         result.reshape(-1)[places] = self.values[ranges(self.offsets[rows], lengths)]
         return result

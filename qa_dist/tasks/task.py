@@ -50,6 +50,10 @@ class FeatureSet(ABC):
         """Remarks for the user on how the examples were read. Reads them, if no one has yet."""
 
     @abstractmethod
+    def summary(self) -> dict[str, str]:
+        """Figures of the split for people, by their names. Reads the examples, if no one has yet."""
+
+    @abstractmethod
     def collate(self, indices: npt.NDArray[np.integer]) -> Batch:
         """The features at `indices` as one batch, in that order."""
 
@@ -62,6 +66,8 @@ class Score:
     """Name -> value; the first ones are the task's headline figures."""
     files: dict[str, Any] = field(default_factory=dict)
     """File name -> JSON content for the run directory, such as the predictions."""
+    findings: dict[str, float] = field(default_factory=dict)
+    """What the evaluation found out for users of the model; stored with it."""
 
 
 class Task(ABC):

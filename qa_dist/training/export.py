@@ -18,8 +18,11 @@ SETTINGS_FILE = "qa_dist.json"
 SCHEMA_VERSION = 1
 
 
-def export_model(target: Path, model: Any, weights: dict[str, Tensor], task: Task, config: RunConfig) -> None:
-    """Put weights, model config, tokenizer and the `CARRIED_SETTINGS` into `target`, replacing it as a whole."""
+def export_model(
+    target: Path, model: Any, weights: dict[str, Tensor], task: Task, config: RunConfig, findings: dict[str, float]
+) -> None:
+    """Put weights, model config, tokenizer, the `CARRIED_SETTINGS` and what the evaluation found into `target`,
+    replacing it as a whole."""
     values: Any = config.model_dump(mode="json")
     carried = {key: functools.reduce(lambda node, part: node[part], key.split("."), values) for key in CARRIED_SETTINGS}
 
@@ -27,7 +30,7 @@ def export_model(target: Path, model: Any, weights: dict[str, Tensor], task: Tas
         model.config.dtype = torch.float32
         model.save_pretrained(directory, state_dict=weights)
         task.tokenizer.save_pretrained(directory)
-        content = {"schema_version": SCHEMA_VERSION, "settings": carried}
+        content = {"schema_version": SCHEMA_VERSION, "settings": carried, "findings": findings}
         (directory / SETTINGS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     publish_directory(target, write)

@@ -17,7 +17,7 @@ from qa_dist.config import RunConfig
 from qa_dist.config_sources import to_yaml
 from qa_dist.errors import TrainingError
 from qa_dist.reporting.run_directory import RunDirectory, StoppedError
-from qa_dist.reporting.tracker import History, Tracker
+from qa_dist.reporting.tracker import History, Tracker, summary_table
 from qa_dist.tasks import load_task
 from qa_dist.tasks.task import FeatureSet, Score, Task
 from qa_dist.training.batching import Indices, num_batches, plan_epoch, shard
@@ -132,10 +132,8 @@ def _introduce(
     tracker.say(f"{engine.description}; {parameters / 1e6:.1f} M parameters")
     for note in notes:
         tracker.say(f"model: {note}")
+    tracker.console.print(summary_table(sets))
     for split, features in sets.items():
-        lengths = features.lengths
-        figures = f"{len(features):,} windows, {lengths.mean():.0f} tokens on average, {lengths.max()} at most"
-        tracker.say(f"{split}: {figures}")
         for note in features.notes:
             tracker.say(f"{split}: note: {note}")
 
@@ -279,7 +277,9 @@ class _Training:
 
         def write() -> None:
             assert weights is not None
-            export_model(self.run.path / "model", model, weights, self.task, self.config)
+            export_model(
+                self.run.path / "model", model, weights, self.task, self.config, score.findings if score else {}
+            )
             for name, content in (score.files if score else {}).items():
                 self.run.write_json(name, content)
 

@@ -67,11 +67,11 @@ def _new_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> P
     special |= {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
     try:
         known = AutoConfig.for_model(model_type)
-        unknown = [key for key in values if not hasattr(known, key)]
-        if unknown:
-            close = difflib.get_close_matches(unknown[0], known.to_dict(), n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise UserError(f"model.config: {model_type} has no setting {listing(unknown)}{hint}")
+        for key in values:
+            # Configs take settings that they do not list, so only what looks like a slip is refused.
+            close = difflib.get_close_matches(key, known.to_dict(), n=1, cutoff=0.85)
+            if not hasattr(known, key) and close:
+                raise UserError(f"model.config: {model_type} has no setting {key}; did you mean {close[0]}?")
         return AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **special, **values})
     except UserError:
         raise

@@ -1,6 +1,7 @@
 """Collects the outputs of a toy task for many sizes of the evaluation set, and checks that each feature counts once."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +30,9 @@ class Numbers(FeatureSet):
     @property
     def notes(self) -> list[str]:
         return []
+
+    def summary(self) -> dict[str, str]:
+        return {}
 
     def collate(self, indices) -> Batch:
         width = int(self.lengths[indices].max())
@@ -73,6 +77,8 @@ def main() -> None:
     if engine.is_main:
         Path(sys.argv[1]).write_text(json.dumps({"world_size": engine.world_size, "checked": checked}))
     engine.close()
+    sys.stdout.flush()
+    os._exit(0)  # as qa_dist/__main__.py does, and says why
 
 
 if __name__ == "__main__":

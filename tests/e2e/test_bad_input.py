@@ -11,7 +11,8 @@ from transformers import BertConfig, BertModel, GPT2Config
 from qa_dist.cli import main
 from qa_dist.config import SyntheticConfig
 from qa_dist.tasks.question_answering import synthetic
-from tests.helpers import TINY_BERT, wordpiece_tokenizer
+from tests.helpers import TINY_BERT
+from tests.tokenizers import wordpiece_tokenizer
 
 CONTEXT = "Ada was born in Paris."
 GOOD = {

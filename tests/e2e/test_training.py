@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
@@ -165,6 +164,24 @@ def test_a_finished_run_is_not_overwritten(run: Path, launcher: Launcher):
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+def test_questions_without_an_answer(launcher: Launcher, tmp_path: Path):
+    flags = tiny_flags(**{"data.synthetic.unanswerable_share": "0.5", "data.unanswerable": "allow"})
+    launch = launcher.train("ddp", 2, tmp_path / "run", *flags)
+    assert launch.code == 0, launch.output
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["HasAns_total"] + metrics["NoAns_total"] == metrics["total"] == 13
+    assert metrics["exact"] == metrics["exact_match"]
+    assert metrics["best_f1"] >= metrics["f1"]
+    predictions, odds = (
+        json.loads((tmp_path / "run" / name).read_text()) for name in ("predictions.json", "null_odds.json")
+    )
+    assert list(odds) == list(predictions)
+    assert all((predictions[i] == "") == (odds[i] > 0) for i in odds)
+    carried = json.loads((tmp_path / "run/model/qa_dist.json").read_text())
+    assert carried["settings"]["data.unanswerable"] == "allow"
+    assert isinstance(carried["findings"]["no_answer_threshold"], float)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_on_all_ranks_and_keeps_the_weights(number: int, launcher: Launcher, tmp_path: Path):
     flags = tiny_flags(**{"train.epochs": "2000"})
@@ -186,14 +203,9 @@ def test_a_signal_ends_the_run_on_all_ranks_and_keeps_the_weights(number: int, l
 
 @pytest.mark.parametrize("flags", [{"distributed_type": "MULTI_CPU"}, {"distributed_type": "NO"}])
 def test_processes_that_would_train_apart_are_refused(flags: dict[str, str], launcher: Launcher, tmp_path: Path):
-    config = launcher.config("ddp", 2, **flags)
-    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | flags | {"main_process_port": 29511}))
-    command = launcher.command("ddp", 2)[:-1]
-    program = ["-m", "qa_dist", "train", "--run.output_dir", str(tmp_path / "run"), *tiny_flags()]
-    process = launcher.start([*command, str(config), *program])
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode != 0
-    assert "more processes were asked for, but this one was started alone" in output
+    launch = launcher.train("ddp", 2, tmp_path / "run", *tiny_flags(), **flags, main_process_port=29511)
+    assert launch.code != 0
+    assert "more processes were asked for, but this one was started alone" in launch.output
     assert not (tmp_path / "run").exists()
 
 

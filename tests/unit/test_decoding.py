@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from qa_dist.config import SyntheticConfig
 from qa_dist.tasks.question_answering import decoding, synthetic
+from qa_dist.tasks.question_answering.data import Examples
 from qa_dist.tasks.question_answering.decoding import candidates, decode
 from qa_dist.tasks.question_answering.features import QuestionAnsweringFeatures, build_features
-from tests.helpers import wordpiece_tokenizer
+from tests.tokenizers import wordpiece_tokenizer
 
 EXAMPLES = synthetic.generate(SyntheticConfig(train_examples=12, long_share=0.5, seed=3), "train")
 TOKENIZER = wordpiece_tokenizer(synthetic.texts(EXAMPLES))
@@ -24,14 +25,10 @@ class Table:
         self.column_names = table.column_names
 
 
-class Notes:
-    notes: list[str] = []  # noqa: RUF012
-
-
 def make_features(max_length: int, stride: int) -> QuestionAnsweringFeatures:
     table = build_features(EXAMPLES, TOKENIZER, max_length=max_length, stride=stride).combine_chunks()
     padding = {"input_ids": 0, "token_type_ids": 0}
-    return QuestionAnsweringFeatures(Table(table), "key", padding, Notes())  # pyright: ignore[reportArgumentType]
+    return QuestionAnsweringFeatures(Table(table), "key", padding, lambda: Examples(EXAMPLES))  # pyright: ignore[reportArgumentType]
 
 
 FEATURES = make_features(72, 20)
@@ -102,7 +99,7 @@ def test_windows_shorter_than_n_best_and_low_precision():
     values = candidates(start, start, torch.tensor([1]), torch.tensor([3]), torch.tensor([0]), n_best=6)
     assert values["start_logit"].dtype == torch.float32
     assert values["start_logit"].tolist() == [[3.0, 2.0, *[-torch.inf] * 4]]
-    assert values["start_index"][0, :2].tolist() == [2, 1]
+    assert values["start_index"][0, :2].tolist() == [1, 0]  # counted from the context's first token
     assert values["null_score"].tolist() == [2.0]
 
 

@@ -1,8 +1,19 @@
 """Values worked out by hand from the official scripts' definitions."""
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from qa_dist.tasks.question_answering.metric import ExtractiveAnswerMetric, exact_match, f1, normalize_answer
+from qa_dist.tasks.question_answering.metric import (
+    ExtractiveAnswerMetric,
+    best_threshold,
+    by_answerability,
+    exact_match,
+    f1,
+    normalize_answer,
+)
+from qa_dist.tasks.question_answering.task import _no_answer_figures, _Texts, _tuned_threshold
 
 
 @pytest.mark.parametrize(
@@ -52,3 +63,55 @@ def test_squad_v2_scores_no_answer():
     # no answer found right; an answer where there is none; none where there is one; only an article, so none
     figures = metric.compute(predictions=predictions, references=[[], [], ["x"], ["a"]])
     assert figures == {"exact_match": 50.0, "f1": 50.0}
+
+
+# ------------------------------------------------------------------------------------------- SQuAD 2.0
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(-9, 9).map(lambda x: round(x, 1)), st.booleans(), st.integers(0, 4), st.booleans()),
+        min_size=1,
+        max_size=30,
+    )
+)
+def test_best_threshold_is_the_best_of_all_cuts(rows):
+    odds = np.array([row[0] for row in rows])
+    has_answer = np.array([row[1] for row in rows])
+    is_empty = np.array([row[3] for row in rows])
+    # an empty prediction scores 1 where there is no answer, and 0 where there is
+    scores = np.array([(not h) * 1.0 if e else (s / 4 if h else 0.0) for _, h, s, e in rows])
+    best, threshold = best_threshold(scores, odds, has_answer, is_empty)
+    order = np.argsort(odds, kind="stable")
+    totals = [
+        sum(scores[i] if i in given_ else float(not has_answer[i]) for i in range(len(rows)))
+        for given_ in (set(order[:k]) for k in range(len(rows) + 1))
+    ]
+    assert best == pytest.approx(100 * max(totals) / len(rows))
+    first = int(np.argmax(np.round(totals, 9)))
+    assert threshold == (0.0 if first == 0 else odds[order[first - 1]])
+
+
+def test_figures_by_answerability():
+    exact, overlap = np.array([1.0, 0.0, 1.0]), np.array([1.0, 0.5, 1.0])
+    assert by_answerability(exact, overlap, np.array([True, True, False])) == {
+        "total": 3,
+        "HasAns_exact": 50.0,
+        "HasAns_f1": 75.0,
+        "HasAns_total": 2,
+        "NoAns_exact": 100.0,
+        "NoAns_f1": 100.0,
+        "NoAns_total": 1,
+    }
+    only = by_answerability(exact, overlap, np.array([True, True, True]))
+    assert "NoAns_total" not in only  # as the official script, which leaves out a group that is empty
+
+
+def test_no_answer_in_the_predictions():
+    """The threshold decides, the odds are written down, and the tuned threshold sees suppressed answers."""
+    texts = _Texts({"a": "", "b": "x", "c": ""}, {}, ["right", "x", "wrong"], {"a": 1.0, "b": -1.0, "c": 2.0})
+    references = [["right"], ["x"], []]
+    figures = _no_answer_figures(texts, references)
+    assert (figures["HasAns_exact"], figures["NoAns_exact"]) == (50.0, 100.0)
+    assert (figures["best_exact"], figures["best_exact_thresh"]) == (pytest.approx(200 / 3), -1.0)
+    assert _tuned_threshold(texts, references) == 1.0

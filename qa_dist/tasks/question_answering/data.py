@@ -1,14 +1,13 @@
-"""Question-answering examples: reading them from files and checking them before anything depends on them."""
+"""Question-answering examples, checked before anything depends on them."""
 
-import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from qa_dist.config import DataConfig
 from qa_dist.errors import UserError, listing
+from qa_dist.tasks.question_answering.reading import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,113 +30,6 @@ class Examples:
     items: list[Example]
     notes: list[str] = field(default_factory=list)
     """Counted remarks for the user: what was left out, moved or numbered."""
-
-
-class Record(NamedTuple):
-    """One example as it stands in a file."""
-
-    values: dict[str, Any]
-    place: str
-    """Where it stands, for messages."""
-
-
-# ------------------------------------------------------------------------------------------------ reading
-
-
-def read_records(path: Path) -> list[Record]:
-    """Read SQuAD's nested JSON, a flat JSON list (bare or under "data"), or JSON lines.
-
-    Raises `UserError` for a file that is missing, empty or in none of these forms.
-    """
-    require_readable(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text (byte {error.start:,}); convert it to UTF-8") from None
-    if not text.strip():
-        raise UserError(f"{path}: the file is empty")
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        first_line = text.lstrip().split("\n", 1)[0]
-        if _is_json(first_line) and "\n" in text.strip():
-            return list(_json_lines(path, text))
-        line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
-        raise UserError(f"{path}:{line}: is not valid JSON: {_json_error(error)}") from None
-    if isinstance(document, dict) and {"question", "context"} <= document.keys():
-        document = [document]  # JSON lines with a single line
-    items = document.get("data") if isinstance(document, dict) else document
-    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise UserError(
-            f"{path}: is JSON, but neither SQuAD's form (data > paragraphs > qas) nor a list of examples with "
-            "id, question, context and answers"
-        )
-    nested = any("paragraphs" in item for item in items)
-    records = list(_nested(path, items)) if nested else list(_flat(path, items))
-    if not records:
-        raise UserError(f"{path}: holds no examples")
-    return records
-
-
-def require_readable(path: Path) -> None:
-    """Raise `UserError` unless `path` is a file that can be read."""
-    try:
-        with path.open("rb") as file:
-            file.read(1)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _json_error(error: Exception) -> str:
-    """Python's parser has limits of its own: on the digits of a number, and on depth."""
-    return f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
-
-
-def _json_lines(path: Path, text: str) -> Iterator[Record]:
-    # split("\n"), not splitlines(): JSON may hold U+2028 and its like inside a line
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{number}: is not valid JSON: {_json_error(error)}") from None
-        if not isinstance(values, dict):
-            raise UserError(f"{path}:{number}: is not an example (a JSON object)")
-        yield Record(values, f"{path}, line {number}")
-
-
-def _nested(path: Path, articles: list[Any]) -> Iterator[Record]:
-    for i, article in enumerate(articles):
-        for j, paragraph in enumerate(_list(article, "paragraphs", f"{path}, data[{i}]")):
-            place = f"{path}, data[{i}].paragraphs[{j}]"
-            for k, question in enumerate(_list(paragraph, "qas", place)):
-                if not isinstance(question, dict):
-                    raise UserError(f"{place}.qas[{k}]: is not an object")
-                yield Record({"context": paragraph.get("context"), **question}, f"{place}.qas[{k}]")
-
-
-def _list(parent: Any, key: str, place: str) -> list[Any]:
-    value = parent.get(key) if isinstance(parent, dict) else None
-    if not isinstance(value, list):
-        raise UserError(f"{place}: has no list {key!r}")
-    return value
-
-
-def _flat(path: Path, items: list[Any]) -> Iterator[Record]:
-    for i, item in enumerate(items):
-        yield Record(item, f"{path}, example {i + 1}")
-
-
-# ----------------------------------------------------------------------------------------------- checking
 
 
 def check_records(records: Sequence[Record], config: DataConfig, name: str, training: bool) -> Examples:
@@ -204,7 +96,7 @@ def _example(record: Record, example_id: str, wrong: dict[str, list[str]]) -> Ex
     return Example(example_id, values["question"], values["context"], texts, starts)
 
 
-def _answers(values: dict[str, Any]) -> list[tuple[str, int]]:
+def _answers(values: Mapping[str, Any]) -> list[tuple[str, int]]:
     """(text, start) pairs from a list of {text, answer_start} or from {text: [...], answer_start: [...]}."""
     impossible = values.get("is_impossible") or False
     if not isinstance(impossible, bool):

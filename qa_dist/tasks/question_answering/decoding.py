@@ -5,7 +5,6 @@ where it starts or later, and is not longer than `max_answer_length` tokens. Its
 logits (Devlin et al. 2019, section 4.2). The answers of an example are the best over all its windows.
 """
 
-import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qa_dist.tasks.question_answering.features import QuestionAnsweringFeatures
+from qa_dist.tasks.question_answering.features import span_of_whole_characters as span_of_whole_characters
 from qa_dist.tasks.ragged import ranges
 
 PAIRS_PER_CHUNK = 1_600_000
@@ -33,8 +33,9 @@ def candidates(
 
     Shapes: logits [features, length]; `context_begin`, `context_end`, `cls` [features]. Returns `start_logit`,
     `start_index`, `end_logit`, `end_index`, each [features, n_best] (logit -inf where the context has fewer
-    tokens), and `null_score` [features], the score of the classification token. Among equal logits the
-    earlier token comes first.
+    tokens), and `null_score` [features], the score of the classification token. Indices count from the window's
+    first context token, so that they do not depend on where the batch was padded. Among equal logits the earlier
+    token comes first.
     """
     features, length = start_logits.shape
     places = torch.arange(length, device=start_logits.device)
@@ -45,7 +46,8 @@ def candidates(
         values, index = torch.sort(logits.masked_fill(outside, -torch.inf), dim=1, descending=True, stable=True)
         missing = max(n_best - length, 0)
         result[f"{name}_logit"] = torch.nn.functional.pad(values[:, :n_best], (0, missing), value=-torch.inf)
-        result[f"{name}_index"] = torch.nn.functional.pad(index[:, :n_best], (0, missing)).int()
+        index = index[:, :n_best] - context_begin[:, None]
+        result[f"{name}_index"] = torch.nn.functional.pad(index, (0, missing)).int()
     result["null_score"] = start_logits[rows, cls].float() + end_logits[rows, cls].float()
     return result
 
@@ -89,8 +91,8 @@ def decode(
     feature, start, end, start_logit, end_logit = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     score = start_logit + end_logit
     example = features.example[feature].astype(np.int64)
-    # tokens of the window -> characters of the context
-    shift = features.char_starts.offsets[feature] - features.scalars["context_begin"][feature]
+    # tokens of the window's context -> characters of the context
+    shift = features.char_starts.offsets[feature]
     start_char = features.char_starts.values[start + shift].astype(np.int64)
     end_char = features.char_ends.values[end + shift].astype(np.int64)
 
@@ -118,14 +120,6 @@ def decode(
         score[kept],
         null_score,
     )
-
-
-def span_of_whole_characters(context: str, start: int, end: int) -> tuple[int, int]:
-    """The span, extended over marks that combine with its last letter: normalizers that strip accents leave a
-    letter's token without the marks that follow it."""
-    while end < len(context) and unicodedata.combining(context[end]):
-        end += 1
-    return start, end
 
 
 def _window_answers(

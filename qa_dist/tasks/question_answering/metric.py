@@ -8,6 +8,8 @@ from typing import Any
 
 import datasets
 import evaluate
+import numpy as np
+import numpy.typing as npt
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
 _PUNCTUATION = frozenset(string.punctuation)
@@ -39,6 +41,65 @@ def f1(prediction: str, answer: str, empty_matches: bool) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
+def score_each(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], v2: bool
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Exact match and F1 of every prediction against the best of its accepted answers, each 0 to 1, [num_examples].
+
+    With `v2` (SQuAD 2.0's rules) an example without accepted answers expects the empty text.
+    """
+    exact, overlap = np.zeros(len(predictions)), np.zeros(len(predictions))
+    for i, (prediction, answers) in enumerate(zip(predictions, references, strict=True)):
+        if v2:
+            answers = [answer for answer in answers if normalize_answer(answer)]
+        answers = answers or [""]
+        exact[i] = max(exact_match(prediction, answer) for answer in answers)
+        overlap[i] = max(f1(prediction, answer, empty_matches=v2) for answer in answers)
+    return exact, overlap
+
+
+def percent(scores: npt.NDArray[np.float64]) -> float:
+    """Mean in percent, added up one by one as the official scripts do, so that the last digit is theirs."""
+    total = 0.0
+    for score in scores.tolist():
+        total += score
+    return 100.0 * total / len(scores)
+
+
+def by_answerability(
+    exact: npt.NDArray[np.float64], overlap: npt.NDArray[np.float64], has_answer: npt.NDArray[np.bool_]
+) -> dict[str, float]:
+    """SQuAD 2.0's figures by whether a question has an answer, under the names of the official script."""
+    result: dict[str, float] = {"total": len(exact)}
+    for name, group in (("HasAns", has_answer), ("NoAns", ~has_answer)):
+        if group.any():
+            result |= {f"{name}_exact": percent(exact[group]), f"{name}_f1": percent(overlap[group])}
+            result[f"{name}_total"] = int(group.sum())
+    return result
+
+
+def best_threshold(
+    scores: npt.NDArray[np.float64],
+    null_odds: npt.NDArray[np.float64],
+    has_answer: npt.NDArray[np.bool_],
+    is_empty: npt.NDArray[np.bool_],
+) -> tuple[float, float]:
+    """The threshold on `null_odds` above which "no answer" is best predicted, and the score, in percent, it gives.
+
+    The procedure of SQuAD 2.0's official script (Rajpurkar et al. 2018): start with "no answer" for all, and give
+    the predictions one by one, in the order of their odds. `scores` are those of the predictions, 0 to 1;
+    `is_empty` says which predictions are the empty text. All are [num_examples].
+    """
+    current = best = float((~has_answer).sum())
+    threshold = 0.0
+    gains = np.where(has_answer, scores, np.where(is_empty, 0.0, -1.0)).tolist()
+    for i in np.argsort(null_odds, kind="stable").tolist():
+        current += gains[i]
+        if current > best:
+            best, threshold = current, float(null_odds[i])
+    return 100.0 * best / len(scores), threshold
+
+
 class ExtractiveAnswerMetric(evaluate.Metric):
     """`evaluate`'s form of the two figures, in percent; needs no network.
 
@@ -63,15 +124,5 @@ class ExtractiveAnswerMetric(evaluate.Metric):
     def _compute(  # pyright: ignore[reportIncompatibleMethodOverride] -- only ever called with both
         self, *, predictions: Sequence[str], references: Sequence[Sequence[str]]
     ) -> dict[str, float]:
-        v2 = self.config_name == "squad_v2"
-        total_exact = total_f1 = 0.0
-        for prediction, answers in zip(predictions, references, strict=True):
-            if v2:
-                answers = [answer for answer in answers if normalize_answer(answer)]
-            answers = answers or [""]
-            total_exact += max(exact_match(prediction, answer) for answer in answers)
-            total_f1 += max(f1(prediction, answer, empty_matches=v2) for answer in answers)
-        return {
-            "exact_match": 100.0 * total_exact / len(predictions),
-            "f1": 100.0 * total_f1 / len(predictions),
-        }
+        exact, overlap = score_each(predictions, references, v2=self.config_name == "squad_v2")
+        return {"exact_match": percent(exact), "f1": percent(overlap)}

@@ -1,9 +1,8 @@
 """Question answering behind the seam that the training system knows."""
 
 import inspect
-from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +16,15 @@ from qa_dist.config import RunConfig
 from qa_dist.tasks.cache import cached_table, fingerprint
 from qa_dist.tasks.question_answering import data, features, synthetic
 from qa_dist.tasks.question_answering.decoding import Answers, candidates, decode, span_of_whole_characters
-from qa_dist.tasks.question_answering.metric import ExtractiveAnswerMetric
+from qa_dist.tasks.question_answering.features import QuestionAnsweringFeatures
+from qa_dist.tasks.question_answering.metric import (
+    ExtractiveAnswerMetric,
+    best_threshold,
+    by_answerability,
+    percent,
+    score_each,
+)
+from qa_dist.tasks.question_answering.splits import Split
 from qa_dist.tasks.task import Batch, FeatureSet, Score, Task
 from qa_dist.tasks.tokenizer import load_tokenizer, train_tokenizer
 
@@ -32,8 +39,8 @@ class QuestionAnswering(Task):
 
     def __init__(self, config: RunConfig):
         self.config = config
-        self.train_examples = _LazyExamples(config, "train")
-        self.validation_examples = _LazyExamples(config, "validation")
+        self.train_examples = Split(config.data, "train")
+        self.validation_examples = Split(config.data, "validation")
         if config.model.name or config.model.tokenizer:
             self.tokenizer = load_tokenizer(config.model)
         else:
@@ -67,7 +74,8 @@ class QuestionAnswering(Task):
             "input_ids": int(self.tokenizer.pad_token_id or 0),  # pyright: ignore[reportArgumentType]
             "token_type_ids": self.tokenizer.pad_token_type_id,
         }
-        return features.QuestionAnsweringFeatures(table, key, padding, source)
+        side = self.tokenizer.padding_side
+        return features.QuestionAnsweringFeatures(table, key, padding, lambda: source.loaded, side)
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """Mean of the cross-entropies of the start and of the end position."""
@@ -95,75 +103,84 @@ class QuestionAnswering(Task):
             max_answer_length=settings.max_answer_length,
         )
         v2 = self.config.data.unanswerable == "allow"
-        predictions, n_best = _texts(answers, examples, v2, settings.null_score_diff_threshold)
+        texts = _texts(answers, features, examples, v2, settings.null_score_diff_threshold)  # pyright: ignore[reportArgumentType]
+        references = [list(example.answers) for example in examples]
+        files: dict[str, Any] = {"predictions.json": texts.predictions, "nbest_predictions.json": texts.n_best}
         metric = ExtractiveAnswerMetric("squad_v2" if v2 else "squad", keep_in_memory=True)
-        metrics = metric.compute(
-            predictions=list(predictions.values()), references=[list(example.answers) for example in examples]
-        )
+        predictions = list(texts.predictions.values())
+        metrics = metric.compute(predictions=predictions, references=references)
         assert metrics is not None
-        return Score(metrics, {"predictions.json": predictions, "nbest_predictions.json": n_best})
+        if not v2:
+            return Score(metrics, files)
+        files["null_odds.json"] = texts.null_odds
+        no_answer = _no_answer_figures(texts, references)
+        return Score(metrics | no_answer, files, {"no_answer_threshold": _tuned_threshold(texts, references)})
 
 
-class _LazyExamples:
-    """The examples of one split, read when first needed: where features are cached, most processes never do."""
+class _Texts(NamedTuple):
+    predictions: dict[str, str]
+    """Id -> answer."""
+    n_best: dict[str, list[dict[str, Any]]]
+    """Id -> best answers first, with probabilities over the list."""
+    best: list[str]
+    """The best answer of each example, whatever the score of "no answer"."""
+    null_odds: dict[str, float]
+    """Id -> score of "no answer" less that of the best answer."""
 
-    def __init__(self, config: RunConfig, split: str):
-        self.config = config.data
-        self.split = split
-        self.file = config.data.train_file if split == "train" else config.data.validation_file
 
-    @property
-    def exists(self) -> bool:
-        return self.file is not None or self.config.synthetic is not None
+def _no_answer_figures(texts: _Texts, references: list[list[str]]) -> dict[str, float]:
+    """What SQuAD 2.0's official script says of predictions.json and null_odds.json beside the headline figures."""
+    predictions = list(texts.predictions.values())
+    exact, overlap = score_each(predictions, references, v2=True)
+    has_answer = np.array([bool(answers) for answers in references])
+    odds, is_empty = np.array(list(texts.null_odds.values())), np.array([not text for text in predictions])
+    result = {"exact": percent(exact)} | by_answerability(exact, overlap, has_answer)
+    for name, scores in (("exact", exact), ("f1", overlap)):
+        best, threshold = best_threshold(scores, odds, has_answer, is_empty)
+        result |= {f"best_{name}": best, f"best_{name}_thresh": threshold}
+    return result
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Key of everything the examples depend on."""
-        code = [Path(inspect.getfile(module)) for module in (data, synthetic)]
-        if self.file is None:
-            return fingerprint(self.config.synthetic, self.split, *code)
-        data.require_readable(self.file)
-        return fingerprint(self.file, self.config.on_misaligned, self.config.unanswerable, self.split, *code)
 
-    @cached_property
-    def loaded(self) -> data.Examples:
-        if self.file is None:
-            assert self.config.synthetic is not None
-            return data.Examples(synthetic.generate(self.config.synthetic, self.split))
-        records = data.read_records(self.file)
-        return data.check_records(records, self.config, str(self.file), training=self.split == "train")
-
-    @property
-    def notes(self) -> list[str]:
-        return self.loaded.notes
+def _tuned_threshold(texts: _Texts, references: list[list[str]]) -> float:
+    """The null_score_diff_threshold that would have given the highest F1. Unlike the official search, it sees the
+    answers that the present threshold suppresses."""
+    _, overlap = score_each(texts.best, references, v2=True)
+    has_answer = np.array([bool(answers) for answers in references])
+    odds = np.array(list(texts.null_odds.values()))
+    return best_threshold(overlap, odds, has_answer, np.array([not text for text in texts.best]))[1]
 
 
 def _texts(
-    answers: Answers, examples: list[data.Example], v2: bool, threshold: float
-) -> tuple[dict[str, str], dict[str, list[dict[str, Any]]]]:
-    """Predictions (id -> text) and n-best answers (id -> best first, with probabilities over the list)."""
+    answers: Answers, features: QuestionAnsweringFeatures, examples: list[data.Example], v2: bool, threshold: float
+) -> _Texts:
     bounds = np.searchsorted(answers.example, np.arange(len(examples) + 1))
-    predictions: dict[str, str] = {}
-    n_best: dict[str, list[dict[str, Any]]] = {}
+    window = answers.feature - np.searchsorted(features.example, answers.example)
+    result = _Texts({}, {}, [], {})
     for i, example in enumerate(examples):
-        entries = [_entry(example, answers, j) for j in range(bounds[i], bounds[i + 1])]
+        entries = [_entry(example, answers, int(window[j]), j) for j in range(bounds[i], bounds[i + 1])]
         best = entries[0]["text"] if entries else ""
+        result.best.append(best)
         if v2:
             null = float(answers.null_score[i])
-            if not entries or null - entries[0]["score"] > threshold:
-                best = ""
+            odds = null - entries[0]["score"] if entries else NO_ANSWER_ODDS
+            result.null_odds[example.id] = odds
+            best = "" if odds > threshold else best
             entries.append({"text": "", "score": null})
             entries.sort(key=lambda entry: -entry["score"])
         scores = np.array([entry["score"] for entry in entries], dtype=np.float64)
         exponentials = np.exp(scores - scores.max()) if len(scores) else scores
-        for entry, probability in zip(entries, exponentials / exponentials.sum(), strict=True):
-            entry["probability"] = float(probability)
-        predictions[example.id] = best
-        n_best[example.id] = entries
-    return predictions, n_best
+        for entry, probability in zip(entries, (exponentials / exponentials.sum()).tolist(), strict=True):
+            entry["probability"] = probability
+        result.predictions[example.id] = best
+        result.n_best[example.id] = entries
+    return result
 
 
-def _entry(example: data.Example, answers: Answers, j: int) -> dict[str, Any]:
+NO_ANSWER_ODDS = 1e6
+"""Null odds of an example whose windows hold no token that could be an answer."""
+
+
+def _entry(example: data.Example, answers: Answers, window: int, j: int) -> dict[str, Any]:
     start, end = span_of_whole_characters(example.context, int(answers.start_char[j]), int(answers.end_char[j]))
     return {
         "text": example.context[start:end],
@@ -172,4 +189,5 @@ def _entry(example: data.Example, answers: Answers, j: int) -> dict[str, Any]:
         "end_logit": float(answers.end_logit[j]),
         "start": start,
         "end": end,
+        "window": window,
     }
