@@ -29,7 +29,7 @@ fi
 
 # an interrupted attempt may have left a directory without a working Python
 "$venv/bin/python" -c 'import pip' 2>/dev/null || "$python" -m venv --clear "$venv"
-pip() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint launch/constraints.txt "$@"; }
+pip() { "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --constraint launch/constraints.txt "$@"; }
 
 # PyPI's torch for Linux brings gigabytes of CUDA packages. Without an NVIDIA GPU, take the CPU build: from the
 # package sources that pip is set up with, if they have it, else from PyTorch's own index.

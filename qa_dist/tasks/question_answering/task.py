@@ -157,7 +157,12 @@ def _texts(
     window = answers.feature - np.searchsorted(features.example, answers.example)
     result = _Texts({}, {}, [], {})
     for i, example in enumerate(examples):
-        entries = [_entry(example, answers, int(window[j]), j) for j in range(bounds[i], bounds[i + 1])]
+        # two spans of tokens may be the same characters once blanks at their edges are left out
+        found: dict[tuple[int, int], dict[str, Any]] = {}
+        for j in range(bounds[i], bounds[i + 1]):
+            entry = _entry(example, answers, int(window[j]), j)
+            found.setdefault((entry["start"], entry["end"]), entry)
+        entries = list(found.values())
         best = entries[0]["text"] if entries else ""
         result.best.append(best)
         if v2:
