@@ -172,6 +172,8 @@ def _evaluate_requirements(config: RunConfig) -> list[Problem]:
     problems = []
     if not _is_any(config, "validation_file", "synthetic", "dataset", "validation_share"):
         problems.append(Problem(("data.validation_file",), "data.validation_file: is not set; name the examples"))
+    elif config.data.dataset is not None and config.data.validation_split is None:
+        problems.append(Problem(("data.validation_split",), "data.validation_split: is not set; name the split"))
     if config.model.name is None:
         problems.append(Problem(("model.name",), "model.name: is not set; name a trained model (--model DIR)"))
     return problems

@@ -5,8 +5,10 @@ engine owns the model and the optimizer, the run directory owns the files, and `
 that change.
 """
 
+import contextlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -66,24 +68,15 @@ def train(config: RunConfig, launch: LaunchEnvironment) -> None:
 
     Raises `UserError` for what the user can mend, and `StoppedError` after a signal.
     """
-    engine = Engine(launch, config.run.timeout_minutes)
-    run = RunDirectory(config.output_dir, engine.is_main)
-    engine.on_main(lambda: run.open(to_yaml(config)))
-    stop = StopRequest()
-    with stop.listening(), run.recorded():
+    with _session(config, launch) as (engine, run, stop):
         parts = _load(config, engine, run, stop, ("train", "validation"))
         engine.prepare(parts.model, config.train)
         _Training(config, engine, parts.task, run, parts.tracker, stop, parts.sets).fit()
-    engine.close()
 
 
 def evaluate_only(config: RunConfig, launch: LaunchEnvironment) -> None:
     """Evaluate a trained model, and leave metrics and predictions in the run directory. Raises as `train` does."""
-    engine = Engine(launch, config.run.timeout_minutes)
-    run = RunDirectory(config.output_dir, engine.is_main)
-    engine.on_main(lambda: run.open(to_yaml(config)))
-    stop = StopRequest()
-    with stop.listening(), run.recorded():
+    with _session(config, launch) as (engine, run, stop):
         parts = _load(config, engine, run, stop, ("validation",))
         engine.prepare_for_evaluation(parts.model)
         score = evaluate(engine, parts.task, parts.sets["validation"], config.evaluation.batch_size, stop)
@@ -96,6 +89,18 @@ def evaluate_only(config: RunConfig, launch: LaunchEnvironment) -> None:
         engine.on_main(write)
         parts.tracker.log_evaluation(0, [{"epoch": None, "step": 0, "train_loss": None, **score.metrics}])
         parts.tracker.say(f"done: {run.path}")
+
+
+@contextlib.contextmanager
+def _session(config: RunConfig, launch: LaunchEnvironment) -> Iterator[tuple[Engine, RunDirectory, StopRequest]]:
+    """The processes joined, signals listened to, and a run directory that will tell how the run ended."""
+    engine = Engine(launch, config.run.timeout_minutes)
+    run = RunDirectory(config.output_dir, engine.is_main)
+    stop = StopRequest()
+    with stop.listening():
+        engine.on_main(lambda: run.open(to_yaml(config)))
+        with run.recorded():
+            yield engine, run, stop
     engine.close()
 
 

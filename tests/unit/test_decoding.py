@@ -116,3 +116,14 @@ def test_a_confident_model_is_read_back(max_length: int):
     first = np.searchsorted(answers.example, np.arange(len(EXAMPLES)))
     texts = [e.context[answers.start_char[j] : answers.end_char[j]] for e, j in zip(EXAMPLES, first, strict=True)]
     assert texts == [e.answers[0] for e in EXAMPLES]
+
+
+def test_what_is_gathered_does_not_grow_with_the_window():
+    """The main process of a large evaluation holds n_best figures per window, not max_length logits."""
+    sizes = set()
+    for length in (64, 512):
+        logits = torch.randn(3, length)
+        spans = (torch.tensor([10] * 3), torch.tensor([length - 1] * 3), torch.tensor([0] * 3))
+        values = candidates(logits, logits, *spans, n_best=20)
+        sizes.add(sum(tensor.nbytes for tensor in values.values()))
+    assert sizes == {3 * (20 * 4 * 4 + 4)}
