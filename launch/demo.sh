@@ -4,7 +4,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 launch/install.sh
-export PATH=$PWD/.venv/bin:$PATH HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu
+export PATH=$PWD/.venv/bin:$PATH TORCH_EXTENSIONS_DIR=$PWD/.venv/torch_extensions
+export HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu
 
 # Nothing is ever overwritten: the second demo goes to runs/demo-2.
 output_dir=runs/demo

@@ -31,6 +31,7 @@ fi
 "$venv/bin/python" -c 'import pip' 2>/dev/null || "$python" -m venv --clear "$venv"
 pip() { "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --constraint launch/constraints.txt "$@"; }
 
+echo "installing qa_dist into $venv …"
 # PyPI's torch for Linux brings gigabytes of CUDA packages. Without an NVIDIA GPU, take the CPU build: from the
 # package sources that pip is set up with, if they have it, else from PyTorch's own index.
 torch=$(grep '^torch==' launch/constraints.txt)
@@ -39,12 +40,13 @@ if [ "$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then
         pip "$torch+cpu" 2>/dev/null ||
         pip "$torch" --index-url "${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}"
 fi
-echo "installing qa_dist into $venv …"
 # DeepSpeed comes as source: its build must see the pinned versions too
 export PIP_CONSTRAINT=$PWD/launch/constraints.txt
 pip "$torch" setuptools wheel
 pip --no-build-isolation --editable ".${extras:+[$extras]}"
-# Compile DeepSpeed's communication extension now, in one process, rather than in all ranks of the first run.
+# Compile DeepSpeed's communication extension now, in one process, rather than in all ranks of the first run. It
+# depends on the environment's path, so one shared by several would be compiled again and again.
+export TORCH_EXTENSIONS_DIR=$PWD/$venv/torch_extensions
 "$venv/bin/python" -W ignore - >/dev/null 2>&1 <<'PYTHON' || true
 import os
 os.environ["DS_ACCELERATOR"] = "cpu"

@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -40,6 +41,9 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         sys.exit(130)
     except UserError as error:
         _tell(f"qa-dist: {error}")
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            # The launcher ends all processes when the first one ends: let that be the one that speaks.
+            time.sleep(10)
         sys.exit(error.exit_code)
 
 
@@ -106,9 +110,11 @@ def _run(command: str, sources: list[Source]) -> int:
         trained = Source()
         trained.put("model.config", None, model)  # the config file may be the one that the model was trained with
         sources = [exported_settings(model), *sources, trained]
-    checks = [_paths, *_CHECKS[command], launch.problems, output_dir_is_free]
+    checks = [launch.problems, output_dir_is_free]
     if command == "train":
         checks.append(launch.training_problems)
+    if not any(problem.keys == () for source in sources for problem in source.problems):
+        checks += [_paths, *_CHECKS[command]]  # what a file that cannot be read might have set is not "missing"
     config = resolve(sources, checks)
     try:
         (loop.train if command == "train" else loop.evaluate_only)(config, launch)

@@ -87,8 +87,9 @@ def from_yaml(path: Path) -> Source:
     """Read a YAML file; what is wrong with the file is in the source's problems."""
     source = Source()
 
-    def problem(message: str, line: int | None = None) -> None:
-        source.problems.append(Problem((), f"{path}{f':{line}' if line else ''}: {message}"))
+    def problem(message: str, line: int | None = None, key: str | None = None) -> None:
+        keys = () if key is None else (key,)  # none: what the file would have set is not known
+        source.problems.append(Problem(keys, f"{path}{f':{line}' if line else ''}: {message}"))
 
     def walk(node: yaml.MappingNode, prefix: str) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -98,10 +99,10 @@ def from_yaml(path: Path) -> Source:
             key, line = str(key_node.value), key_node.start_mark.line + 1
             if "." in key or not isinstance(key_node, yaml.ScalarNode):
                 section, _, rest = key.partition(".")
-                problem(f"{key} is not a key; write `{section}:` and below it, indented, `{rest or '…'}:`", line)
+                problem(f"{key} is not a key; write `{section}:` and below it, indented, `{rest or '…'}:`", line, key)
                 continue
             if key in result and own.count(key) > 1:
-                problem(f"{prefix}{key} is set twice; keep one of them", line)
+                problem(f"{prefix}{key} is set twice; keep one of them", line, prefix + key)
             source.places[prefix + key] = f"{path}:{line}"
             if isinstance(value_node, yaml.MappingNode):
                 result[key] = walk(value_node, f"{prefix}{key}.")
@@ -209,7 +210,9 @@ def from_flags(
     # `--model DIR` is what everybody types.
     args = [re.sub(r"^--model(?=$|=)", "--model.name", arg) for arg in args]
     flags = _flags_of(RunConfig, tuple(extra.items()))
-    parsed, unknown = tyro.cli(flags, args=args, prog=prog, description=description, return_unknown_args=True)
+    parsed, unknown = tyro.cli(
+        flags, args=args, prog=prog, description=description, return_unknown_args=True, use_underscores=True
+    )
     options = {name: getattr(parsed, name) for name in extra}
     for key, field in leaves():
         value = functools.reduce(getattr, key.split("."), parsed)

@@ -17,7 +17,11 @@ def publish_directory(target: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     write(temporary)
+    umask = os.umask(0)
+    os.umask(umask)
     for path in sorted(temporary.rglob("*")):
+        if path.is_file():  # safetensors writes files that only their owner can read
+            path.chmod(0o666 & ~umask)
         flush(path)
     flush(temporary)
     if target.exists():

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,15 +76,17 @@ class RunDirectory:
         self.is_main = is_main
         self.step = 0
         """Optimizer steps done; part of the status."""
+        self._launch = ""
 
-    def open(self, config_yaml: str) -> None:
-        """Make the directory, write the config, and say that the run is running.
+    def open(self, config_yaml: str, launch: str) -> None:
+        """Make the directory, write the config, and say that the run is running, and how it was launched.
 
         Raises `UserError` if the directory holds another run or cannot be written.
         """
         if not self.is_main:
             return
         require_free(self.path)
+        self._launch = launch
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
@@ -115,7 +117,8 @@ class RunDirectory:
     def _status(self, state: State, reason: str, exit_code: int | None) -> None:
         content = {"state": state, "reason": reason, "step": self.step, "exit_code": exit_code}
         try:
-            self.write_json("status.json", content | {"host": socket.gethostname(), "pid": os.getpid()})
+            own = {"launch": self._launch, "host": socket.gethostname(), "pid": os.getpid()}
+            self.write_json("status.json", content | own)
         except OSError:
             if state == "running":
                 raise
@@ -143,6 +146,6 @@ def _finite(content: Any) -> Any:
     """`content` with null for numbers that JSON does not have."""
     if isinstance(content, float):
         return content if math.isfinite(content) else None
-    if isinstance(content, dict):
+    if isinstance(content, Mapping):
         return {key: _finite(value) for key, value in content.items()}
     return [_finite(value) for value in content] if isinstance(content, list) else content

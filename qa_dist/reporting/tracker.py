@@ -83,6 +83,13 @@ class Tracker:
             table.add_row(*(_shown(value) for value in shown))
         self.console.print(table)
 
+    def log_figures(self, metrics: dict[str, float]) -> None:
+        """Show the headline figures of a single evaluation."""
+        self._store("evaluation", 0, metrics)
+        table = Table(*self.headline.values())
+        table.add_row(*(_shown(metrics.get(name)) for name in self.headline))
+        self.console.print(table)
+
     def _store(self, kind: str, step: int, values: dict[str, Any]) -> None:
         self.run.append_metrics({"kind": kind, "step": step, **values})
         if self._tensorboard:

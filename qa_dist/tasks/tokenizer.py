@@ -28,6 +28,9 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     assert name is not None
     if looks_like_path(name) and not Path(name).is_dir():
         raise UserError(f"{key}: {name}: there is no such directory")
+    if key == "model.name" and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        hint = f"; did you mean {Path(name) / 'model'}?" if (Path(name) / "model" / "config.json").is_file() else ""
+        raise UserError(f"model.name: {name} holds no config.json, so it is not a model directory{hint}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:

@@ -254,6 +254,12 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process has ended."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or ("gloo" in text and ("onnection" in text or "peer" in text))
+
+
 def _quieten() -> None:
     """Keep the libraries' running commentary from burying what the user needs to see."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -23,7 +23,7 @@ from qa_dist.reporting.tracker import History, Tracker, summary_table
 from qa_dist.tasks import load_task
 from qa_dist.tasks.task import FeatureSet, Score, Task
 from qa_dist.training.batching import Indices, num_batches, plan_epoch, shard
-from qa_dist.training.engine import Engine, seed_step
+from qa_dist.training.engine import Engine, is_lost_connection, seed_step
 from qa_dist.training.evaluation import evaluate
 from qa_dist.training.export import export_model
 from qa_dist.training.launch_environment import LaunchEnvironment
@@ -87,7 +87,7 @@ def evaluate_only(config: RunConfig, launch: LaunchEnvironment) -> None:
                 run.write_json(name, content)
 
         engine.on_main(write)
-        parts.tracker.log_evaluation(0, [{"epoch": None, "step": 0, "train_loss": None, **score.metrics}])
+        parts.tracker.log_figures(score.metrics)
         parts.tracker.say(f"done: {run.path}")
 
 
@@ -98,9 +98,17 @@ def _session(config: RunConfig, launch: LaunchEnvironment) -> Iterator[tuple[Eng
     run = RunDirectory(config.output_dir, engine.is_main)
     stop = StopRequest()
     with stop.listening():
-        engine.on_main(lambda: run.open(to_yaml(config)))
+        engine.on_main(lambda: run.open(to_yaml(config), engine.description))
         with run.recorded():
-            yield engine, run, stop
+            try:
+                yield engine, run, stop
+            except RuntimeError as error:
+                if is_lost_connection(error):
+                    raise TrainingError(
+                        "another process of this run is gone: killed, out of memory, or failed; see what it or its "
+                        f"node's log says ({str(error).splitlines()[0]})"
+                    ) from None
+                raise
     engine.close()
 
 

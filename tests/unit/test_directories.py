@@ -34,7 +34,7 @@ def test_a_failed_write_leaves_the_old_directory(tmp_path: Path):
 
 def recorded(path: Path, error: BaseException | None = None, step: int = 0, is_main: bool = True) -> None:
     run = RunDirectory(path, is_main)
-    run.open("a: 1\n")
+    run.open("a: 1\n", "DDP, 2 processes")
     with run.recorded():
         assert not is_main or read_status(path)["state"] == "running"
         run.step = step

@@ -1,5 +1,7 @@
 """Values worked out by hand from the official scripts' definitions."""
 
+from typing import Any, cast
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -109,7 +111,9 @@ def test_figures_by_answerability():
 
 def test_no_answer_in_the_predictions():
     """The threshold decides, the odds are written down, and the tuned threshold sees suppressed answers."""
-    texts = _Texts({"a": "", "b": "x", "c": ""}, {}, ["right", "x", "wrong"], {"a": 1.0, "b": -1.0, "c": 2.0})
+    texts = _Texts(
+        {"a": "", "b": "x", "c": ""}, cast(Any, {}), ["right", "x", "wrong"], {"a": 1.0, "b": -1.0, "c": 2.0}
+    )
     references = [["right"], ["x"], []]
     figures = _no_answer_figures(texts, references)
     assert (figures["HasAns_exact"], figures["NoAns_exact"]) == (50.0, 100.0)

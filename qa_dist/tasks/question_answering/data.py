@@ -49,12 +49,13 @@ def check_records(records: Sequence[Record], config: DataConfig, name: str, trai
             examples.append(example)
     for example_id, count in Counter(ids).items():
         if count > 1:
-            wrong["the id is given to more than one example"].append(f"{example_id!r} ({count} times)")
+            places = [record.place for record, own in zip(records, ids, strict=True) if own == example_id]
+            wrong["the id is given to more than one example"].append(f"{example_id!r} by {listing(places, limit=2)}")
     examples = _align(examples, config, training, wrong, notes)
     examples = _without_unanswerable(examples, config, wrong, notes)
     if wrong:
         lines = [f"  - {what}: {len(where):,} ({listing(where)})" for what, where in wrong.items()]
-        raise UserError(f"{name}: the examples cannot be used:\n" + "\n".join(lines))
+        raise UserError(f"{name} cannot be used:\n" + "\n".join(lines))
     if not examples:
         raise UserError(f"{name}: no example is left" + "".join(f"; {note}" for note in notes))
     return Examples(examples, notes)
@@ -150,7 +151,7 @@ def _align(
             for text, start in zip(example.answers, example.answer_starts, strict=True)
         )
         if starts != example.answer_starts:
-            misaligned.append(repr(example.id))
+            misaligned.append(_mismatch(example, starts))
             if config.on_misaligned == "repair":
                 starts = tuple(
                     start if start >= 0 else _nearest(example.context, text, given)
@@ -173,6 +174,13 @@ def _align(
         ids = f"{len(misaligned):,} examples with misaligned answers ({listing(misaligned)})"
         notes.append(f"{ids}: {moved:,} repaired, {dropped:,} left out")
     return result
+
+
+def _mismatch(example: Example, starts: tuple[int, ...]) -> str:
+    """What stands where the first answer in `starts` that is marked -1 should stand."""
+    place = starts.index(-1)
+    start, text = max(example.answer_starts[place], 0), example.answers[place]
+    return f"{example.id!r}: at {start} stands {example.context[start : start + len(text)]!r}, not {text!r}"
 
 
 def _nearest(context: str, text: str, start: int) -> int:

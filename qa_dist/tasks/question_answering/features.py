@@ -246,6 +246,34 @@ def span_of_whole_characters(context: str, start: int, end: int) -> tuple[int, i
     return start, end
 
 
+def spans_of_whole_characters(
+    contexts: Sequence[str],
+    row: npt.NDArray[np.int64],
+    start: npt.NDArray[np.int64],
+    end: npt.NDArray[np.int64],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """`span_of_whole_characters` of many spans; `row` is the place of each one's context. Shapes: [spans] each.
+
+    Spans that begin and end with visible ASCII characters, beside ASCII characters, stay as they are. That is nearly
+    all of them, and seen at once; the others are looked at one by one.
+    """
+    places, distinct = _distinct(list(contexts))
+    # all texts in one array of characters, with a letter before and behind each
+    characters = np.frombuffer(("a" + "".join(f"{text}a" for text in distinct)).encode("utf-32-le"), dtype="<u4")
+    lengths = np.array([len(text) + 1 for text in distinct], dtype=np.int64)
+    base = (1 + np.cumsum(lengths) - lengths)[places[row]]
+    before, first = characters[base + start - 1], characters[base + start]
+    last, behind = characters[base + end - 1], characters[base + end]
+    plain = (start < end) & (np.maximum(before, behind) < 128)
+    for inner, outer in ((first, before), (last, behind)):
+        plain &= (inner > ord(" ")) & (inner < 127)
+        plain &= (inner != outer) | ((inner != ord("`")) & (inner != ord("'")))
+    start, end = start.copy(), end.copy()
+    for i in np.flatnonzero(~plain).tolist():
+        start[i], end[i] = span_of_whole_characters(contexts[int(row[i])], int(start[i]), int(end[i]))
+    return start, end
+
+
 def _is_blank(character: str) -> bool:
     """Whether it is a space, or a control or format character, which has no shape of its own."""
     if character.isprintable() and character != " ":

@@ -1,6 +1,8 @@
 """Question answering behind the seam that the training system knows."""
 
 import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,8 +17,8 @@ from transformers import AutoModelForQuestionAnswering
 from qa_dist.config import RunConfig
 from qa_dist.tasks.cache import cached_table, fingerprint
 from qa_dist.tasks.question_answering import data, features, synthetic
-from qa_dist.tasks.question_answering.decoding import Answers, candidates, decode, span_of_whole_characters
-from qa_dist.tasks.question_answering.features import QuestionAnsweringFeatures
+from qa_dist.tasks.question_answering.decoding import Answers, candidates, decode, repeated
+from qa_dist.tasks.question_answering.features import QuestionAnsweringFeatures, spans_of_whole_characters
 from qa_dist.tasks.question_answering.metric import (
     ExtractiveAnswerMetric,
     best_threshold,
@@ -35,7 +37,7 @@ class QuestionAnswering(Task):
     name: ClassVar[str] = "question_answering"
     auto_model: ClassVar[Any] = AutoModelForQuestionAnswering
     best_metric: ClassVar[str] = "f1"
-    headline: ClassVar[dict[str, str]] = {"exact_match": "EM", "f1": "F1", "loss": "loss"}
+    headline: ClassVar[dict[str, str]] = {"exact_match": "EM", "f1": "F1", "loss": "validation loss"}
 
     def __init__(self, config: RunConfig):
         self.config = config
@@ -120,7 +122,7 @@ class QuestionAnswering(Task):
 class _Texts(NamedTuple):
     predictions: dict[str, str]
     """Id -> answer."""
-    n_best: dict[str, list[dict[str, Any]]]
+    n_best: "NBestAnswers"
     """Id -> best answers first, with probabilities over the list."""
     best: list[str]
     """The best answer of each example, whatever the score of "no answer"."""
@@ -153,46 +155,98 @@ def _tuned_threshold(texts: _Texts, references: list[list[str]]) -> float:
 def _texts(
     answers: Answers, features: QuestionAnsweringFeatures, examples: list[data.Example], v2: bool, threshold: float
 ) -> _Texts:
-    bounds = np.searchsorted(answers.example, np.arange(len(examples) + 1))
-    window = answers.feature - np.searchsorted(features.example, answers.example)
-    result = _Texts({}, {}, [], {})
-    for i, example in enumerate(examples):
-        # two spans of tokens may be the same characters once blanks at their edges are left out
-        found: dict[tuple[int, int], dict[str, Any]] = {}
-        for j in range(bounds[i], bounds[i + 1]):
-            entry = _entry(example, answers, int(window[j]), j)
-            found.setdefault((entry["start"], entry["end"]), entry)
-        entries = list(found.values())
-        best = entries[0]["text"] if entries else ""
-        result.best.append(best)
-        if v2:
-            null = float(answers.null_score[i])
-            odds = null - entries[0]["score"] if entries else NO_ANSWER_ODDS
-            result.null_odds[example.id] = odds
-            best = "" if odds > threshold else best
-            entries.append({"text": "", "score": null})
-            entries.sort(key=lambda entry: -entry["score"])
-        scores = np.array([entry["score"] for entry in entries], dtype=np.float64)
-        exponentials = np.exp(scores - scores.max()) if len(scores) else scores
-        for entry, probability in zip(entries, (exponentials / exponentials.sum()).tolist(), strict=True):
-            entry["probability"] = probability
-        result.predictions[example.id] = best
-        result.n_best[example.id] = entries
-    return result
+    contexts = [example.context for example in examples]
+    starts, ends = spans_of_whole_characters(contexts, answers.example, answers.start_char, answers.end_char)
+    # two spans of tokens may be the same characters once blanks at their edges are left out
+    double = repeated(answers.example, starts, ends)
+    kept = np.delete(np.arange(len(starts)), double)
+    owner, score, starts, ends = answers.example[kept], answers.score[kept], starts[kept], ends[kept]
+    counts = np.bincount(owner, minlength=len(examples))
+    bounds = np.concatenate([[0], np.cumsum(counts)])
+    has_any = counts > 0
+    first = bounds[:-1][has_any]
+    highest = np.full(len(examples), -np.inf)
+    highest[has_any] = score[first]
+    null = answers.null_score.astype(np.float64)
+    odds = np.where(has_any, null - highest, NO_ANSWER_ODDS)
+    best = [""] * len(examples)
+    for i, start, end in zip(
+        np.flatnonzero(has_any).tolist(), starts[first].tolist(), ends[first].tolist(), strict=True
+    ):
+        best[i] = contexts[i][start:end]
+    ids = [example.id for example in examples]
+    suppressed = (odds > threshold).tolist() if v2 else [False] * len(examples)
+    predictions = {name: "" if none else text for name, text, none in zip(ids, best, suppressed, strict=True)}
+
+    # softmax over the answers of each example and, in SQuAD 2.0, "no answer"
+    top = np.maximum(highest, null) if v2 else highest
+    weights = np.exp(score - top[owner])
+    null_weights = np.exp(null - top) if v2 else np.zeros(len(examples))
+    total = np.bincount(owner, weights, minlength=len(examples)) + null_weights
+    columns = {
+        "start": starts,
+        "end": ends,
+        "score": score,
+        "start_logit": answers.start_logit[kept],
+        "end_logit": answers.end_logit[kept],
+        "window": answers.feature[kept] - np.searchsorted(features.example, owner),
+        "probability": weights / total[owner],
+    }
+    no_answer = None
+    if v2:  # behind the answers of the same score
+        ahead = np.bincount(owner[score >= null[owner]], minlength=len(examples))
+        shares = null_weights / np.where(total > 0, total, 1)
+        no_answer = list(zip(ahead.tolist(), null.tolist(), shares.tolist(), strict=True))
+    n_best = NBestAnswers(dict(zip(ids, range(len(ids)), strict=True)), contexts, bounds, columns, no_answer)
+    null_odds = dict(zip(ids, odds.tolist(), strict=True)) if v2 else {}
+    return _Texts(predictions, n_best, best, null_odds)
 
 
 NO_ANSWER_ODDS = 1e6
 """Null odds of an example whose windows hold no token that could be an answer."""
 
 
-def _entry(example: data.Example, answers: Answers, window: int, j: int) -> dict[str, Any]:
-    start, end = span_of_whole_characters(example.context, int(answers.start_char[j]), int(answers.end_char[j]))
-    return {
-        "text": example.context[start:end],
-        "score": float(answers.score[j]),
-        "start_logit": float(answers.start_logit[j]),
-        "end_logit": float(answers.end_logit[j]),
-        "start": start,
-        "end": end,
-        "window": window,
-    }
+@dataclass(frozen=True)
+class NBestAnswers(Mapping[str, list[dict[str, Any]]]):
+    """Id -> best answers first, with probabilities over the list.
+
+    The lists are made when they are asked for: those of all examples at once are a hundred times as large as what
+    they are made of.
+    """
+
+    rows: dict[str, int]
+    contexts: list[str]
+    bounds: npt.NDArray[np.int64]
+    """The answers of example i are `bounds[i]` to `bounds[i + 1]` of the columns."""
+    columns: dict[str, npt.NDArray[Any]]
+    no_answer: list[tuple[int, float, float]] | None
+    """For each example the place, the score and the probability of "no answer"."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows)
+
+    def __getitem__(self, key: str) -> list[dict[str, Any]]:
+        i = self.rows[key]
+        context, own = self.contexts[i], slice(self.bounds[i], self.bounds[i + 1])
+        entries: list[dict[str, Any]] = [
+            {
+                "text": context[start:end],
+                "score": score,
+                "start_logit": start_logit,
+                "end_logit": end_logit,
+                "start": start,
+                "end": end,
+                "window": window,
+                "probability": probability,
+            }
+            for start, end, score, start_logit, end_logit, window, probability in zip(
+                *(column[own].tolist() for column in self.columns.values()), strict=True
+            )
+        ]
+        if self.no_answer is not None:
+            place, score, probability = self.no_answer[i]
+            entries.insert(place, {"text": "", "score": score, "probability": probability})
+        return entries
