@@ -225,7 +225,7 @@ def from_flags(
             key = arg[2:].split("=")[0].replace("-", "_")
             source.problems.append(Problem((key,), f"--{key}: there is no such setting{_suggest(key, known)}"))
         elif not previous_was_flag:
-            source.problems.append(Problem((), f"{arg!r}: unexpected; settings are given as --section.key value"))
+            source.problems.append(Problem((arg,), f"{arg!r}: unexpected; settings are given as --section.key value"))
         previous_was_flag = arg.startswith("--") and "=" not in arg
     return source, options
 
