@@ -203,3 +203,28 @@ def test_a_trained_model_of_a_newer_version(tmp_path: Path, capsys):
     code, message = attempt(capsys, "evaluate", "--model", tmp_path)
     assert code == 2
     assert "was written by a newer version" in message
+
+
+# -------------------------------------------------------------------------------- qa-dist prepare
+
+
+def test_prepare_fills_the_cache_and_shows_what_is_in_the_data(tmp_path: Path, model_dir: Path, capsys):
+    examples = [GOOD | {"id": str(i), "context": f"{CONTEXT} {i // 2}"} for i in range(10)]
+    flags = [*train_flags(tmp_path, model_dir, examples)[1:], "--data.validation_share", 0.2]
+    with pytest.raises(SystemExit) as exit_:
+        main(["prepare", *map(str, flags)])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    assert "examples" in shown
+    assert "8" in shown
+    cached = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert len(cached) == 2
+    assert not (tmp_path / "run").exists()
+    assert attempt(capsys, "train", *flags)[0] == 0
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == cached  # training found them
+
+
+def test_prepare_tells_what_is_wrong(tmp_path: Path, model_dir: Path, capsys):
+    code, message = attempt(capsys, "prepare", *train_flags(tmp_path, model_dir, [GOOD, GOOD])[1:])
+    assert code == 2
+    assert "the id is given to more than one example: 1 ('q1' by " in message

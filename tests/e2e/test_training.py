@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import string
+import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -207,6 +208,34 @@ def test_processes_that_would_train_apart_are_refused(flags: dict[str, str], lau
     assert launch.code != 0
     assert "more processes were asked for, but this one was started alone" in launch.output
     assert not (tmp_path / "run").exists()
+
+
+def test_an_error_in_the_settings_is_told_whichever_process_ends_first(launcher: Launcher, tmp_path: Path):
+    flags = tiny_flags(**{"train.global_batch_size": "0"})
+    for _ in range(3):
+        launch = launcher.train("ddp", 2, tmp_path / "run", *flags)
+        assert launch.code == 1
+        assert launch.output.count("train.global_batch_size: 0 is not valid") == 1
+
+
+def test_a_killed_process_ends_the_run_with_a_reason(launcher: Launcher, tmp_path: Path):
+    flags = tiny_flags(**{"train.epochs": "2000"})
+    program = ["-m", "qa_dist", "train", "--run.output_dir", str(tmp_path / "run"), *flags]
+    process = launcher.start(launcher.command("ddp", 2, *program))
+    metrics = tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not (metrics.exists() and len(jsonl(metrics)) > 5) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    main = json.loads((tmp_path / "run/status.json").read_text())["pid"]
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    (other,) = (int(rank) for rank in ranks if int(rank) != main)
+    os.kill(other, signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 1), output
+    assert "another process of this run is gone" in status["reason"]
+    assert status["step"] > 0
 
 
 def test_an_error_on_the_main_process_ends_all_of_them(launcher: Launcher, tmp_path: Path):

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qa_dist.tasks.question_answering.features import QuestionAnsweringFeatures
-from qa_dist.tasks.question_answering.features import span_of_whole_characters as span_of_whole_characters
 from qa_dist.tasks.ragged import ranges
 
 PAIRS_PER_CHUNK = 100_000

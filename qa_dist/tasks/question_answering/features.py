@@ -5,7 +5,6 @@ once, and the windows are cut from the arrays. The result equals the tokenizer's
 id and offset for offset.
 """
 
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from qa_dist.errors import UserError, listing
+from qa_dist.tasks.question_answering.characters import distinct, span_of_whole_characters
 from qa_dist.tasks.question_answering.data import Example, Examples
 from qa_dist.tasks.ragged import Ragged, ranges
 from qa_dist.tasks.task import Batch, FeatureSet
@@ -25,12 +25,6 @@ WINDOWS_PER_CHUNK = 20_000
 """Windows assembled at a time; bounds the memory that building features needs beside the result."""
 CHARACTERS_PER_TEXT = 2**32
 """Offset between the character positions of two contexts when all are searched as one array."""
-BLANK_CATEGORIES = {"Cc", "Cf", "Zs", "Zl", "Zp"}
-VISIBLE_FORMAT_CHARACTERS = "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd"
-"""Signs that enclose the number or the letter that follows; Unicode calls them format characters, too."""
-MODIFIERS = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff\uff9e\uff9f"
-"""Skin tones of emoji, and the voicing marks of halfwidth katakana."""
-ZERO_WIDTH_JOINER = "\u200d"
 
 
 @dataclass(frozen=True)
@@ -121,8 +115,8 @@ def build_features(
     Raises `UserError` when a question leaves no room for its context.
     """
     template = PairTemplate.of(tokenizer)
-    question_rows, questions = _distinct([example.question for example in examples])
-    context_rows, contexts = _distinct([example.context for example in examples])
+    question_rows, questions = distinct([example.question for example in examples])
+    context_rows, contexts = distinct([example.context for example in examples])
     encoded_questions, encoded_contexts = encode(questions, tokenizer), encode(contexts, tokenizer)
     question_lengths = encoded_questions.ids.lengths[question_rows]
     context_lengths = encoded_contexts.ids.lengths[context_rows]
@@ -166,13 +160,6 @@ def build_features(
             columns["token_type_ids"] = types.to_arrow()
         tables.append(pa.table(columns))
     return pa.concat_tables(tables)
-
-
-def _distinct(texts: list[str]) -> tuple[npt.NDArray[np.int64], list[str]]:
-    """For each text its row among the distinct ones, and the distinct ones."""
-    rows: dict[str, int] = {}
-    places = np.fromiter((rows.setdefault(text, len(rows)) for text in texts), np.int64, count=len(texts))
-    return places, list(rows)
 
 
 def _require_room(
@@ -223,100 +210,6 @@ def _answer_tokens(
     last = np.searchsorted(starts, spans[:, 1] + own, side="left") - 1 - offset
     nothing = (spans[:, 0] < 0) | (last < first) | (first >= lengths[context_rows])
     return np.where(nothing, -1, first), np.where(nothing, -1, last)
-
-
-def span_of_whole_characters(context: str, start: int, end: int) -> tuple[int, int]:
-    """The span without the blanks at its edges, extended to whole characters as readers see them.
-
-    Tokens hold less or more than the letters of an answer. Some families count the space before a word as part of
-    its token; byte-level ones have tokens of spaces alone. Normalizers that strip accents leave a letter's token
-    without the marks that follow it, and those that drop control characters tear an emoji from what modifies it.
-    Characters that cannot be seen are blanks too: of 18,023 answers of SQuAD and XQuAD none begins or ends with one,
-    while some stand beside one. So the same answer comes back whether or not a tokenizer has tokens for these.
-    """
-    while start < end and _is_blank(context[start]):
-        start += 1
-    while end > start and _is_blank(context[end - 1]):
-        end -= 1
-    if start < end:
-        while _is_joined(context, start):
-            start -= 1
-        while _is_joined(context, end):
-            end += 1
-    return start, end
-
-
-def spans_of_whole_characters(
-    contexts: Sequence[str],
-    row: npt.NDArray[np.int64],
-    start: npt.NDArray[np.int64],
-    end: npt.NDArray[np.int64],
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """`span_of_whole_characters` of many spans; `row` is the place of each one's context. Shapes: [spans] each.
-
-    Spans that begin and end with visible ASCII characters, beside ASCII characters, stay as they are. That is nearly
-    all of them, and seen at once; the others are looked at one by one.
-    """
-    places, distinct = _distinct(list(contexts))
-    # all texts in one array of characters, with a letter before and behind each
-    characters = np.frombuffer(("a" + "".join(f"{text}a" for text in distinct)).encode("utf-32-le"), dtype="<u4")
-    lengths = np.array([len(text) + 1 for text in distinct], dtype=np.int64)
-    base = (1 + np.cumsum(lengths) - lengths)[places[row]]
-    before, first = characters[base + start - 1], characters[base + start]
-    last, behind = characters[base + end - 1], characters[base + end]
-    plain = (start < end) & (np.maximum(before, behind) < 128)
-    for inner, outer in ((first, before), (last, behind)):
-        plain &= (inner > ord(" ")) & (inner < 127)
-        plain &= (inner != outer) | ((inner != ord("`")) & (inner != ord("'")))
-    start, end = start.copy(), end.copy()
-    for i in np.flatnonzero(~plain).tolist():
-        start[i], end[i] = span_of_whole_characters(contexts[int(row[i])], int(start[i]), int(end[i]))
-    return start, end
-
-
-def _is_blank(character: str) -> bool:
-    """Whether it is a space, or a control or format character, which has no shape of its own."""
-    if character.isprintable() and character != " ":
-        return False
-    return unicodedata.category(character) in BLANK_CATEGORIES and character not in VISIBLE_FORMAT_CHARACTERS
-
-
-def _is_joined(context: str, place: int) -> bool:
-    """Whether the characters before and at `place` are seen as one.
-
-    The boundaries of Unicode Standard Annex 29 as far as they concern marks and emoji (its rules GB9, GB9a, GB9b,
-    GB11, GB12 and GB13), and the quotation marks `` and '', which the normalizers of ALBERT and XLNet make one.
-    """
-    if not 0 < place < len(context):
-        return False
-    character, before = context[place], place - 1
-    if character.isalnum() and character.isascii():
-        return False
-    category = unicodedata.category(character)
-    if category.startswith("M") or character in MODIFIERS or _is_joiner(character):
-        while before > 0 and _is_joiner(context[before]):
-            before -= 1
-        return not _is_blank(context[before])
-    if context[before] == ZERO_WIDTH_JOINER:
-        return category == "So" and before > 0 and not _is_blank(context[before - 1])
-    if context[before] in VISIBLE_FORMAT_CHARACTERS:
-        return not _is_blank(character)
-    first = before
-    while first >= 0 and _is_pair(context[first], character):
-        first -= 1
-    return (before - first) % 2 == 1
-
-
-def _is_joiner(character: str) -> bool:
-    """Whether it joins two emoji, or is one of the letters that turn a black flag into that of a region."""
-    return character == ZERO_WIDTH_JOINER or "\U000e0020" <= character <= "\U000e007f"
-
-
-def _is_pair(first: str, second: str) -> bool:
-    """Whether they are one quotation mark, or two letters that are one flag."""
-    if first.isascii():
-        return first == second and first in "`'"
-    return min(first, second) >= "\U0001f1e6" and max(first, second) <= "\U0001f1ff"
 
 
 def _assemble(

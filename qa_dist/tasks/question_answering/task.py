@@ -16,9 +16,10 @@ from transformers import AutoModelForQuestionAnswering
 
 from qa_dist.config import RunConfig
 from qa_dist.tasks.cache import cached_table, fingerprint
-from qa_dist.tasks.question_answering import data, features, synthetic
+from qa_dist.tasks.question_answering import characters, data, features, synthetic
+from qa_dist.tasks.question_answering.characters import spans_of_whole_characters
 from qa_dist.tasks.question_answering.decoding import Answers, candidates, decode, repeated
-from qa_dist.tasks.question_answering.features import QuestionAnsweringFeatures, spans_of_whole_characters
+from qa_dist.tasks.question_answering.features import QuestionAnsweringFeatures
 from qa_dist.tasks.question_answering.metric import (
     ExtractiveAnswerMetric,
     best_threshold,
@@ -63,7 +64,7 @@ class QuestionAnswering(Task):
             tokenizers.__version__,
             settings.max_length,
             settings.stride,
-            Path(inspect.getfile(features)),
+            *(Path(inspect.getfile(module)) for module in (characters, features)),
         )
 
         def build() -> Any:
