@@ -215,7 +215,7 @@ def test_an_error_in_the_settings_is_told_whichever_process_ends_first(launcher:
     for _ in range(3):
         launch = launcher.train("ddp", 2, tmp_path / "run", *flags)
         assert launch.code == 1
-        assert launch.output.count("train.global_batch_size: 0 is not valid") == 1
+        assert launch.output.count("train.global_batch_size: '0' is not valid") == 1
 
 
 def test_a_killed_process_ends_the_run_with_a_reason(launcher: Launcher, tmp_path: Path):

@@ -13,12 +13,9 @@ from qa_dist.config import SyntheticConfig
 from qa_dist.errors import UserError
 from qa_dist.tasks.cache import cached_table
 from qa_dist.tasks.question_answering import synthetic
+from qa_dist.tasks.question_answering.characters import span_of_whole_characters
 from qa_dist.tasks.question_answering.data import Example, Examples
-from qa_dist.tasks.question_answering.features import (
-    QuestionAnsweringFeatures,
-    build_features,
-    span_of_whole_characters,
-)
+from qa_dist.tasks.question_answering.features import QuestionAnsweringFeatures, build_features
 from qa_dist.tasks.tokenizer import train_tokenizer
 from tests.tokenizers import FAMILIES, SCRIPTS
 
