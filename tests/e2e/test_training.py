@@ -183,15 +183,20 @@ def test_questions_without_an_answer(launcher: Launcher, tmp_path: Path):
     assert isinstance(carried["findings"]["no_answer_threshold"], float)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_on_all_ranks_and_keeps_the_weights(number: int, launcher: Launcher, tmp_path: Path):
-    flags = tiny_flags(**{"train.epochs": "2000"})
-    program = ["-m", "qa_dist", "train", "--run.output_dir", str(tmp_path / "run"), *flags]
-    process = launcher.start(launcher.command("zero2", 2, *program))
-    metrics = tmp_path / "run/metrics.jsonl"
+def start_training(launcher: Launcher, engine: str, output_dir: Path) -> subprocess.Popen[str]:
+    """A run on two processes that would go on for long, some steps after its start."""
+    program = ["-m", "qa_dist", "train", "--run.output_dir", str(output_dir), *tiny_flags(**{"train.epochs": "2000"})]
+    process = launcher.start(launcher.command(engine, 2, *program))
+    metrics = output_dir / "metrics.jsonl"
     deadline = time.monotonic() + 90
     while not (metrics.exists() and len(jsonl(metrics)) > 12) and time.monotonic() < deadline:
         time.sleep(0.2)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_on_all_ranks_and_keeps_the_weights(number: int, launcher: Launcher, tmp_path: Path):
+    process = start_training(launcher, "zero2", tmp_path / "run")
     os.killpg(process.pid, number)  # as a terminal or a batch system does
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0
@@ -219,13 +224,7 @@ def test_an_error_in_the_settings_is_told_whichever_process_ends_first(launcher:
 
 
 def test_a_killed_process_ends_the_run_with_a_reason(launcher: Launcher, tmp_path: Path):
-    flags = tiny_flags(**{"train.epochs": "2000"})
-    program = ["-m", "qa_dist", "train", "--run.output_dir", str(tmp_path / "run"), *flags]
-    process = launcher.start(launcher.command("ddp", 2, *program))
-    metrics = tmp_path / "run/metrics.jsonl"
-    deadline = time.monotonic() + 90
-    while not (metrics.exists() and len(jsonl(metrics)) > 5) and time.monotonic() < deadline:
-        time.sleep(0.2)
+    process = start_training(launcher, "ddp", tmp_path / "run")
     main = json.loads((tmp_path / "run/status.json").read_text())["pid"]
     ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
     (other,) = (int(rank) for rank in ranks if int(rank) != main)
