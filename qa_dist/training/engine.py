@@ -131,6 +131,7 @@ class Engine:
             config["gradient_accumulation_steps"] = 1
             config["train_batch_size"] = self.world_size
             config["gradient_clipping"] = settings.max_grad_norm
+        model.train()  # transformers hands out pretrained models with dropout switched off
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
     def prepare_for_evaluation(self, model: nn.Module) -> None:
