@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from qa_dist import __version__
+from qa_dist import __version__, checks
 from qa_dist.config import RunConfig
 from qa_dist.config_sources import Problem, Source, from_flags, from_yaml, reference, resolve, to_yaml
 from qa_dist.errors import UserError
@@ -16,9 +16,16 @@ from qa_dist.errors import UserError
 COMMANDS = {
     "train": "Fine-tune a model and evaluate it after every epoch.",
     "evaluate": "Score a trained model: --model DIR --data.validation_file FILE --run.output_dir DIR.",
+    "score": "Score a file of predictions as the official script does: --predictions FILE --data.validation_file FILE.",
     "prepare": "Read the data, show what is in them, and fill the cache, so that training starts at once.",
     "config show": "Print the complete settings as YAML, without starting anything.",
     "config reference": "Print a table of all settings.",
+}
+
+SCORE_OPTIONS = {
+    "predictions": "JSON file of predictions, id -> text.",
+    "null_odds": "With data.unanswerable allow: JSON file, id -> score of no answer, for the best thresholds.",
+    "na_prob_thresh": "Predictions with higher null odds count as no answer; 1.0 by default.",
 }
 
 USAGE = """usage: qa-dist COMMAND [--config FILE] [--section.key VALUE ...]
@@ -72,10 +79,15 @@ def _dispatch(args: list[str]) -> int:
     if command == "config reference":
         print(reference(), end="")
         return 0
-    flags, options = from_flags(args, f"qa-dist {command}", COMMANDS[command], {"config": "YAML file with settings."})
+    extra = {"config": "YAML file with settings."} | (SCORE_OPTIONS if command == "score" else {})
+    flags, options = from_flags(args, f"qa-dist {command}", COMMANDS[command], extra)
     if command == "config show":
-        print(to_yaml(resolve(_sources(command, flags, options["config"]), [_combinations])), end="")
+        print(to_yaml(resolve(_sources(command, flags, options["config"]), [checks.combinations])), end="")
         return 0
+    if command == "score":
+        return _score(
+            resolve(_sources(command, flags, options["config"]), [checks.paths, checks.needs_validation]), options
+        )
     return _run(command, _sources(command, flags, options["config"]))
 
 
@@ -105,17 +117,20 @@ def _run(command: str, sources: list[Source]) -> int:
         return []
 
     if command == "prepare":
-        return _prepare(resolve(sources, [_paths, *_CHECKS["train"]]))
+        return _prepare(resolve(sources, [checks.paths, *checks.FOR_COMMAND["train"]]))
     if command == "evaluate" and (model := _model_name(sources)):
         trained = Source()
         trained.put("model.config", None, model)  # the config file may be the one that the model was trained with
         sources = [exported_settings(model), *sources, trained]
-    checks = [launch.problems, output_dir_is_free]
+    to_check = [launch.problems, output_dir_is_free]
     if command == "train":
-        checks.append(launch.training_problems)
+        to_check.append(launch.training_problems)
     if not any(problem.keys == () for source in sources for problem in source.problems):
-        checks += [_paths, *_CHECKS[command]]  # what a file that cannot be read might have set is not "missing"
-    config = resolve(sources, checks)
+        to_check += [
+            checks.paths,
+            *checks.FOR_COMMAND[command],
+        ]  # what a file that cannot be read might have set is not "missing"
+    config = resolve(sources, to_check)
     try:
         (loop.train if command == "train" else loop.evaluate_only)(config, launch)
     except StoppedError as stop:
@@ -140,99 +155,27 @@ def _prepare(config: RunConfig) -> int:
     return 0
 
 
+def _score(config: RunConfig, options: dict[str, str | None]) -> int:
+    import json
+
+    from qa_dist.tasks.question_answering.scoring import score_file
+
+    predictions, null_odds = options["predictions"], options["null_odds"]
+    if predictions is None:
+        raise UserError("--predictions: is not set; name a JSON file of predictions")
+    try:
+        na_prob_thresh = float(options["na_prob_thresh"] or 1.0)
+    except ValueError:
+        raise UserError(f"--na_prob_thresh: {options['na_prob_thresh']!r} is not a number") from None
+    odds_file = Path(null_odds) if null_odds else None
+    figures, notes = score_file(config, Path(predictions), odds_file, na_prob_thresh)
+    for note in notes:
+        _tell(f"qa-dist: note: {note}")
+    print(json.dumps(figures, indent=2))
+    return 0
+
+
 def _model_name(sources: list[Source]) -> str | None:
     """What the sources say of model.name, before they are known to be right."""
     names = [source.values["model"].get("name") for source in sources if isinstance(source.values.get("model"), dict)]
     return next((name for name in reversed(names) if isinstance(name, str)), None)
-
-
-# ------------------------------------------------------------------------------- checks across settings
-
-
-def _paths(config: RunConfig) -> list[Problem]:
-    from qa_dist.tasks.question_answering.reading import expand
-
-    problems = []
-    for key in ("data.train_file", "data.validation_file"):
-        try:
-            expand(getattr(config.data, key.split(".")[1]), key)
-        except UserError as error:
-            problems.append(Problem((key,), str(error)))
-    return problems
-
-
-def _is_any(config: RunConfig, *keys: str) -> bool:
-    return any(getattr(config.data, key) for key in keys)
-
-
-def _train_requirements(config: RunConfig) -> list[Problem]:
-    problems = []
-    if not _is_any(config, "train_file", "synthetic", "dataset"):
-        problems.append(Problem(("data.train_file",), "data.train_file: is not set; name the training examples"))
-    if config.model.name is None and config.model.config is None:
-        problems.append(Problem(("model.name",), "model.name: is not set; name a pretrained model"))
-    return problems
-
-
-def _evaluate_requirements(config: RunConfig) -> list[Problem]:
-    problems = []
-    if not _is_any(config, "validation_file", "synthetic", "dataset", "validation_share"):
-        problems.append(Problem(("data.validation_file",), "data.validation_file: is not set; name the examples"))
-    elif config.data.dataset is not None and config.data.validation_split is None:
-        problems.append(Problem(("data.validation_split",), "data.validation_split: is not set; name the split"))
-    if config.model.name is None:
-        problems.append(Problem(("model.name",), "model.name: is not set; name a trained model (--model DIR)"))
-    return problems
-
-
-def _combinations(config: RunConfig) -> list[Problem]:
-    data, model, train = config.data, config.model, config.train
-    rules = [
-        (
-            ("data.stride", "data.max_length"),
-            data.stride >= data.max_length,
-            f"data.stride: {data.stride} is not smaller than data.max_length ({data.max_length}), so windows would not "
-            "advance; lower it",
-        ),
-        (
-            ("data.synthetic", "data.train_file", "data.validation_file", "data.dataset"),
-            data.synthetic is not None and _is_any(config, "train_file", "validation_file", "dataset"),
-            "data.synthetic: generates both splits; leave out data.train_file, data.validation_file and data.dataset, "
-            "or take data.synthetic out of the config file",
-        ),
-        (
-            ("data.dataset", "data.train_file", "data.validation_file"),
-            data.dataset is not None and _is_any(config, "train_file", "validation_file"),
-            "data.dataset: names the data, and so do data.train_file or data.validation_file; keep one",
-        ),
-        (
-            ("data.validation_share", "data.validation_file", "data.synthetic"),
-            data.validation_share > 0 and _is_any(config, "validation_file", "synthetic"),
-            "data.validation_share: holds out training examples, but there are validation data; keep one",
-        ),
-        (
-            ("data.synthetic.unanswerable_share", "data.unanswerable"),
-            data.synthetic is not None and data.synthetic.unanswerable_share > 0 and data.unanswerable != "allow",
-            "data.synthetic.unanswerable_share: asks for questions without an answer; set data.unanswerable to allow",
-        ),
-        (
-            ("model.config", "model.name"),
-            model.config is not None and model.name is not None,
-            "model.config: describes a new model, model.name a pretrained one; keep one of them",
-        ),
-        (
-            ("model.config",),
-            model.config is not None and not isinstance(model.config.get("model_type"), str),
-            "model.config: has no model_type; add one, such as bert",
-        ),
-        (
-            ("train.micro_batch_size", "train.global_batch_size"),
-            train.micro_batch_size is not None and train.micro_batch_size > train.global_batch_size,
-            f"train.micro_batch_size: {train.micro_batch_size} is more than train.global_batch_size "
-            f"({train.global_batch_size}); lower it",
-        ),
-    ]
-    return [Problem(keys, message) for keys, broken, message in rules if broken]
-
-
-_CHECKS = {"train": [_train_requirements, _combinations], "evaluate": [_evaluate_requirements, _combinations]}

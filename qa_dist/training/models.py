@@ -136,8 +136,6 @@ def _try_out(model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_length: i
             f"the model cannot process a window of {max_length} tokens: {_first_line(error)}. Lower data.max_length, "
             "or use another model or tokenizer"
         ) from None
-    finally:
-        model.train()
 
 
 def _first_line(error: Exception) -> str:

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel, GPT2Config
 from qa_dist.cli import main
 from qa_dist.config import SyntheticConfig
 from qa_dist.tasks.question_answering import synthetic
-from tests.helpers import TINY_BERT
+from tests.helpers import TINY_BERT, jsonl
 from tests.tokenizers import wordpiece_tokenizer
 
 CONTEXT = "Ada was born in Paris."
@@ -228,3 +228,41 @@ def test_prepare_tells_what_is_wrong(tmp_path: Path, model_dir: Path, capsys):
     code, message = attempt(capsys, "prepare", *train_flags(tmp_path, model_dir, [GOOD, GOOD])[1:])
     assert code == 2
     assert "the id is given to more than one example: 1 ('q1' by " in message
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "expected"),
+    [
+        (None, [], "no.json: cannot be read: No such file or directory"),
+        ("", [], ".json:1: is not valid JSON"),
+        ([], [], "has to be a JSON object that gives a text for every question's id"),
+        ({"q1": 3}, [], "1 ids have something else than a text (q1)"),
+        ({"other": "x"}, [], "none of its 1 ids (other) is among the 1 examples (q1)"),
+        ({"q1": "x"}, ["--null_odds", "no.json"], "--null_odds: belongs to SQuAD 2.0"),
+        ({"q1": "x"}, ["--na_prob_thresh", "much"], "--na_prob_thresh: 'much' is not a number"),
+    ],
+)
+def test_predictions_that_cannot_be_scored(tmp_path: Path, capsys, content: Any, flags: list[str], expected: str):
+    data, predictions = tmp_path / "data.json", tmp_path / ("no.json" if content is None else "predictions.json")
+    data.write_text(json.dumps([GOOD]))
+    if content is not None:
+        predictions.write_text(content if isinstance(content, str) else json.dumps(content))
+    code, message = attempt(capsys, "score", "--predictions", predictions, "--data.validation_file", data, *flags)
+    assert code == 2
+    assert expected in message
+
+
+def test_dropout_is_on_from_the_first_step(tmp_path: Path, model_dir: Path, capsys):
+    """transformers hands out pretrained models with dropout switched off."""
+
+    def first_loss(name: str, dropout: float) -> float:
+        model = tmp_path / name
+        shutil.copytree(model_dir, model)
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"hidden_dropout_prob": dropout}))
+        flags = train_flags(tmp_path, model)
+        output = tmp_path / f"{name}-run"
+        assert attempt(capsys, *flags, "--run.output_dir", output, "--run.log_every", 1)[0] == 0
+        return next(line["loss"] for line in jsonl(output / "metrics.jsonl") if line["kind"] == "train")
+
+    assert first_loss("without", 0.0) != first_loss("with", 0.5)

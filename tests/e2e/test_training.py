@@ -6,6 +6,7 @@ import re
 import signal
 import string
 import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from qa_dist.config import SyntheticConfig
 from qa_dist.tasks.question_answering import synthetic
-from tests.helpers import ROOT, SHARED, Launcher, jsonl, squad, tiny_flags
+from tests.helpers import ROOT, SHARED, Launcher, environment, jsonl, squad, tiny_flags
 
 
 def write_corpus(path: Path, count: int, split: str, seed: int = 0) -> Path:
@@ -154,6 +155,27 @@ def test_evaluation_gives_the_last_epochs_figures(run: Path, launcher: Launcher,
     figures = json.loads((tmp_path / "e/metrics.json").read_text())
     trained = json.loads((run / "metrics.json").read_text())
     assert figures == {name: trained[name] for name in ("exact_match", "f1", "loss")}
+
+
+def test_scoring_a_file_of_predictions(run: Path):
+    def score(*flags: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "qa_dist", "score", *map(str, flags)]
+        return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+
+    data = ("--data.validation_file", run.parent / "validation.json")
+    whole = score("--predictions", run / "predictions.json", *data)
+    assert whole.returncode == 0, whole.stderr
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert json.loads(whole.stdout) == {name: metrics[name] for name in ("exact_match", "f1")}
+
+    predictions = json.loads((run / "predictions.json").read_text())
+    missing, *_ = predictions
+    part = run.parent / "part.json"
+    part.write_text(json.dumps({k: v for k, v in predictions.items() if k != missing} | {"stranger": "x"}))
+    told = score("--predictions", part, *data)
+    assert f"1 questions have no prediction and score 0 ({missing})" in told.stderr
+    assert "1 predictions are for no question of these data (stranger)" in told.stderr
+    assert json.loads(told.stdout)["f1"] <= metrics["f1"]
 
 
 def test_a_finished_run_is_not_overwritten(run: Path, launcher: Launcher):

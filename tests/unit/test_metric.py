@@ -1,5 +1,6 @@
 """Values worked out by hand from the official scripts' definitions."""
 
+import math
 from typing import Any, cast
 
 import numpy as np
@@ -10,12 +11,12 @@ from hypothesis import strategies as st
 from qa_dist.tasks.question_answering.metric import (
     ExtractiveAnswerMetric,
     best_threshold,
-    by_answerability,
     exact_match,
     f1,
     normalize_answer,
+    score_predictions,
 )
-from qa_dist.tasks.question_answering.task import _no_answer_figures, _Texts, _tuned_threshold
+from qa_dist.tasks.question_answering.task import _Texts, _tuned_threshold
 
 
 @pytest.mark.parametrize(
@@ -94,19 +95,76 @@ def test_best_threshold_is_the_best_of_all_cuts(rows):
     assert threshold == (0.0 if first == 0 else odds[order[first - 1]])
 
 
-def test_figures_by_answerability():
-    exact, overlap = np.array([1.0, 0.0, 1.0]), np.array([1.0, 0.5, 1.0])
-    assert by_answerability(exact, overlap, np.array([True, True, False])) == {
-        "total": 3,
-        "HasAns_exact": 50.0,
-        "HasAns_f1": 75.0,
-        "HasAns_total": 2,
-        "NoAns_exact": 100.0,
-        "NoAns_f1": 100.0,
-        "NoAns_total": 1,
+WORDS = st.sampled_from(["", "the", "a", "Paris", "paris.", "in Paris", "Été — 東京", "red red wine", "don't", "!"])
+TEXTS = st.lists(WORDS, max_size=3).map(" ".join)
+
+
+@st.composite
+def prediction_files(draw: st.DrawFn) -> tuple[dict[str, list[str]], dict[str, str], dict[str, float]]:
+    """Accepted answers, predictions (some missing, some for other questions), and null odds in another order."""
+    count = draw(st.integers(1, 12))
+    ids = [f"q{i}" for i in range(count)]
+    answers = {key: draw(st.lists(TEXTS, max_size=3)) for key in ids}
+    predicted = draw(st.lists(st.sampled_from(ids), min_size=1, unique=True))
+    predictions = {key: draw(TEXTS) for key in [*predicted, "a stranger"]}
+    order = draw(st.permutations(sorted(predictions)))
+    return answers, predictions, {key: draw(st.sampled_from([-2.0, 0.0, 0.5, 1.0, 1.5])) for key in order}
+
+
+@given(prediction_files())
+def test_files_score_as_the_official_script_of_1_1_defines(files):
+    """Every question of the data counts; one without a prediction scores nothing."""
+    answers, predictions, _ = files
+    answers = {key: accepted or [""] for key, accepted in answers.items()}
+    exact = overlap = 0.0
+    for key, accepted in answers.items():
+        if key in predictions:
+            exact += max(exact_match(predictions[key], answer) for answer in accepted)
+            overlap += max(f1(predictions[key], answer, empty_matches=False) for answer in accepted)
+    assert score_predictions(predictions, answers, v2=False) == {
+        "exact_match": 100.0 * exact / len(answers),
+        "f1": 100.0 * overlap / len(answers),
     }
-    only = by_answerability(exact, overlap, np.array([True, True, True]))
-    assert "NoAns_total" not in only  # as the official script, which leaves out a group that is empty
+
+
+@given(prediction_files(), st.booleans())
+def test_files_score_as_the_official_script_of_2_0_defines(files, with_odds: bool):
+    """Only questions with a prediction count; odds above 1.0 suppress it; thresholds look at what was predicted."""
+    answers, predictions, odds = files
+    scores: dict[str, dict[str, float]] = {"exact": {}, "f1": {}}
+    for key, accepted in answers.items():
+        if key in predictions:
+            gold = [answer for answer in accepted if normalize_answer(answer)] or [""]
+            scores["exact"][key] = max(exact_match(predictions[key], answer) for answer in gold)
+            scores["f1"][key] = max(f1(predictions[key], answer, empty_matches=True) for answer in gold)
+    expected: dict[str, float] = {"total": len(scores["exact"])}
+    groups = {
+        "": set(answers),
+        "HasAns_": {k for k in answers if answers[k]},
+        "NoAns_": {k for k in answers if not answers[k]},
+    }
+    for name, raw in scores.items():
+        final = {k: float(not answers[k]) if with_odds and odds[k] > 1.0 else v for k, v in raw.items()}
+        for prefix, members in groups.items():
+            own = [value for key, value in final.items() if key in members]
+            if own:
+                expected[f"{prefix}{name}"] = 100.0 * sum(own) / len(own)
+                expected[f"{prefix}total"] = len(own)
+        if with_odds:
+            best = now = sum(not accepted for accepted in answers.values())
+            threshold = 0.0
+            for key in sorted(odds, key=lambda k: odds[k]):
+                if key in raw:
+                    now += raw[key] if answers[key] else (-1 if predictions[key] else 0)
+                    if now > best:
+                        best, threshold = now, odds[key]
+            expected |= {f"best_{name}": 100.0 * best / len(raw), f"best_{name}_thresh": threshold}
+    assert score_predictions(predictions, answers, v2=True, null_odds=odds if with_odds else None) == expected
+
+
+def test_predictions_for_other_data():
+    with pytest.raises(ValueError, match="no prediction"):
+        score_predictions({"x": "y"}, {"q": ["y"]}, v2=False)
 
 
 def test_no_answer_in_the_predictions():
@@ -114,8 +172,14 @@ def test_no_answer_in_the_predictions():
     texts = _Texts(
         {"a": "", "b": "x", "c": ""}, cast(Any, {}), ["right", "x", "wrong"], {"a": 1.0, "b": -1.0, "c": 2.0}
     )
-    references = [["right"], ["x"], []]
-    figures = _no_answer_figures(texts, references)
+    references: list[tuple[str, ...]] = [("right",), ("x",), ()]
+    figures = score_predictions(
+        texts.predictions,
+        dict(zip("abc", references, strict=True)),
+        v2=True,
+        null_odds=texts.null_odds,
+        na_prob_thresh=math.inf,
+    )
     assert (figures["HasAns_exact"], figures["NoAns_exact"]) == (50.0, 100.0)
     assert (figures["best_exact"], figures["best_exact_thresh"]) == (pytest.approx(200 / 3), -1.0)
     assert _tuned_threshold(texts, references) == 1.0

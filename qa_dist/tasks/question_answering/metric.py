@@ -3,7 +3,7 @@
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -80,31 +80,21 @@ def percent(scores: npt.NDArray[np.float64]) -> float:
     return 100.0 * total / len(scores)
 
 
-def by_answerability(
-    exact: npt.NDArray[np.float64], overlap: npt.NDArray[np.float64], has_answer: npt.NDArray[np.bool_]
-) -> dict[str, float]:
-    """SQuAD 2.0's figures by whether a question has an answer, under the names of the official script."""
-    result: dict[str, float] = {"total": len(exact)}
-    for name, group in (("HasAns", has_answer), ("NoAns", ~has_answer)):
-        if group.any():
-            result |= {f"{name}_exact": percent(exact[group]), f"{name}_f1": percent(overlap[group])}
-            result[f"{name}_total"] = int(group.sum())
-    return result
-
-
 def best_threshold(
     scores: npt.NDArray[np.float64],
     null_odds: npt.NDArray[np.float64],
     has_answer: npt.NDArray[np.bool_],
     is_empty: npt.NDArray[np.bool_],
+    unanswered: int | None = None,
 ) -> tuple[float, float]:
     """The threshold on `null_odds` above which "no answer" is best predicted, and the score, in percent, it gives.
 
     The procedure of SQuAD 2.0's official script (Rajpurkar et al. 2018): start with "no answer" for all, and give
     the predictions one by one, in the order of their odds. `scores` are those of the predictions, 0 to 1;
-    `is_empty` says which predictions are the empty text. All are [num_examples].
+    `is_empty` says which predictions are the empty text. All are [num_examples]. `unanswered` counts the questions
+    that have no answer, where they are not all among these.
     """
-    current = best = float((~has_answer).sum())
+    current = best = float((~has_answer).sum() if unanswered is None else unanswered)
     threshold = 0.0
     gains = np.where(has_answer, scores, np.where(is_empty, 0.0, -1.0)).tolist()
     for i in np.argsort(null_odds, kind="stable").tolist():
@@ -112,6 +102,56 @@ def best_threshold(
         if current > best:
             best, threshold = current, float(null_odds[i])
     return 100.0 * best / len(scores), threshold
+
+
+def score_predictions(
+    predictions: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    *,
+    v2: bool,
+    null_odds: Mapping[str, float] | None = None,
+    na_prob_thresh: float = 1.0,
+) -> dict[str, float]:
+    """What the official script prints for a prediction file: its keys, its values to the last digit.
+
+    `predictions` and `null_odds` are id -> text and id -> score of "no answer"; `references` id -> accepted texts,
+    empty where there is no answer. Predictions for other ids are ignored. A question without a prediction scores 0
+    under the rules of SQuAD 1.1, and is left out of all totals under those of 2.0 (`v2`), as in the scripts. With
+    `null_odds`, predictions whose odds exceed `na_prob_thresh` count as "no answer" in all figures but `best_*`.
+    Raises `KeyError` for a prediction that has no odds, and `ValueError` where none is for a known question.
+    """
+    if not references.keys() & predictions.keys():
+        raise ValueError("no prediction is for a question of this data")
+    if not v2:
+        ids = list(references)
+        exact, overlap = score_each([predictions.get(key, "") for key in ids], [references[key] for key in ids], v2)
+        given = np.array([key in predictions for key in ids])  # an empty answer is right where only an article is
+        return {"exact_match": percent(exact * given), "f1": percent(overlap * given)}
+
+    ids = [key for key in references if key in predictions]
+    exact, overlap = score_each([predictions[key] for key in ids], [references[key] for key in ids], v2)
+    has_answer = np.array([bool(references[key]) for key in ids], dtype=bool)
+    suppressed = np.array([null_odds is not None and null_odds[key] > na_prob_thresh for key in ids], dtype=bool)
+    right_if_suppressed = (~has_answer).astype(np.float64)
+    shown = {
+        "exact": np.where(suppressed, right_if_suppressed, exact),
+        "f1": np.where(suppressed, right_if_suppressed, overlap),
+    }
+    result = {name: percent(scores) for name, scores in shown.items()} | {"total": len(ids)}
+    for group, members in (("HasAns", has_answer), ("NoAns", ~has_answer)):
+        if members.any():
+            result |= {f"{group}_{name}": percent(scores[members]) for name, scores in shown.items()}
+            result[f"{group}_total"] = int(members.sum())
+    if null_odds is not None:
+        place = {key: i for i, key in enumerate(ids)}
+        order = np.array([place[key] for key in null_odds if key in place], dtype=np.int64)  # decides between equals
+        unanswered = sum(not answers for answers in references.values())  # the missing ones too
+        odds = np.array([null_odds[ids[i]] for i in order])
+        is_empty = np.array([not predictions[ids[i]] for i in order], dtype=bool)
+        for name, scores in (("exact", exact), ("f1", overlap)):
+            best, threshold = best_threshold(scores[order], odds, has_answer[order], is_empty, unanswered)
+            result |= {f"best_{name}": best, f"best_{name}_thresh": threshold}
+    return result
 
 
 class ExtractiveAnswerMetric(evaluate.Metric):

@@ -1,6 +1,7 @@
 """Question answering behind the seam that the training system knows."""
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,7 @@ from qa_dist.tasks.question_answering import characters, data, features, synthet
 from qa_dist.tasks.question_answering.characters import spans_of_whole_characters
 from qa_dist.tasks.question_answering.decoding import Answers, candidates, decode, repeated
 from qa_dist.tasks.question_answering.features import QuestionAnsweringFeatures
-from qa_dist.tasks.question_answering.metric import (
-    ExtractiveAnswerMetric,
-    best_threshold,
-    by_answerability,
-    percent,
-    score_each,
-)
+from qa_dist.tasks.question_answering.metric import best_threshold, score_each, score_predictions
 from qa_dist.tasks.question_answering.splits import Split
 from qa_dist.tasks.task import Batch, FeatureSet, Score, Task
 from qa_dist.tasks.tokenizer import load_tokenizer, train_tokenizer
@@ -107,17 +102,18 @@ class QuestionAnswering(Task):
         )
         v2 = self.config.data.unanswerable == "allow"
         texts = _texts(answers, features, examples, v2, settings.null_score_diff_threshold)  # pyright: ignore[reportArgumentType]
-        references = [list(example.answers) for example in examples]
+        references = {example.id: example.answers for example in examples}
         files: dict[str, Any] = {"predictions.json": texts.predictions, "nbest_predictions.json": texts.n_best}
-        metric = ExtractiveAnswerMetric("squad_v2" if v2 else "squad", keep_in_memory=True)
-        predictions = list(texts.predictions.values())
-        metrics = metric.compute(predictions=predictions, references=references)
-        assert metrics is not None
         if not v2:
-            return Score(metrics, files)
+            return Score(score_predictions(texts.predictions, references, v2=False), files)
         files["null_odds.json"] = texts.null_odds
-        no_answer = _no_answer_figures(texts, references)
-        return Score(metrics | no_answer, files, {"no_answer_threshold": _tuned_threshold(texts, references)})
+        # What exceeds the threshold is already predicted to be empty.
+        metrics = score_predictions(
+            texts.predictions, references, v2=True, null_odds=texts.null_odds, na_prob_thresh=math.inf
+        )
+        headline = {"exact_match": metrics["exact"], "f1": metrics["f1"]}
+        threshold = _tuned_threshold(texts, list(references.values()))
+        return Score(headline | metrics, files, {"no_answer_threshold": threshold})
 
 
 class _Texts(NamedTuple):
@@ -131,20 +127,7 @@ class _Texts(NamedTuple):
     """Id -> score of "no answer" less that of the best answer."""
 
 
-def _no_answer_figures(texts: _Texts, references: list[list[str]]) -> dict[str, float]:
-    """What SQuAD 2.0's official script says of predictions.json and null_odds.json beside the headline figures."""
-    predictions = list(texts.predictions.values())
-    exact, overlap = score_each(predictions, references, v2=True)
-    has_answer = np.array([bool(answers) for answers in references])
-    odds, is_empty = np.array(list(texts.null_odds.values())), np.array([not text for text in predictions])
-    result = {"exact": percent(exact)} | by_answerability(exact, overlap, has_answer)
-    for name, scores in (("exact", exact), ("f1", overlap)):
-        best, threshold = best_threshold(scores, odds, has_answer, is_empty)
-        result |= {f"best_{name}": best, f"best_{name}_thresh": threshold}
-    return result
-
-
-def _tuned_threshold(texts: _Texts, references: list[list[str]]) -> float:
+def _tuned_threshold(texts: _Texts, references: list[tuple[str, ...]]) -> float:
     """The null_score_diff_threshold that would have given the highest F1. Unlike the official search, it sees the
     answers that the present threshold suppresses."""
     _, overlap = score_each(texts.best, references, v2=True)

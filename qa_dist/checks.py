@@ -1,0 +1,103 @@
+"""What single settings cannot say: whether they fit each other, the command, and the files that are there."""
+
+from qa_dist.config import RunConfig
+from qa_dist.config_sources import Check, Problem
+from qa_dist.errors import UserError
+
+
+def paths(config: RunConfig) -> list[Problem]:
+    from qa_dist.tasks.question_answering.reading import expand
+
+    problems = []
+    for key in ("data.train_file", "data.validation_file"):
+        try:
+            expand(getattr(config.data, key.split(".")[1]), key)
+        except UserError as error:
+            problems.append(Problem((key,), str(error)))
+    return problems
+
+
+def _is_any(config: RunConfig, *keys: str) -> bool:
+    return any(getattr(config.data, key) for key in keys)
+
+
+def _train_requirements(config: RunConfig) -> list[Problem]:
+    problems = []
+    if not _is_any(config, "train_file", "synthetic", "dataset"):
+        problems.append(Problem(("data.train_file",), "data.train_file: is not set; name the training examples"))
+    if config.model.name is None and config.model.config is None:
+        problems.append(Problem(("model.name",), "model.name: is not set; name a pretrained model"))
+    return problems
+
+
+def needs_validation(config: RunConfig) -> list[Problem]:
+    problems = []
+    if not _is_any(config, "validation_file", "synthetic", "dataset", "validation_share"):
+        problems.append(Problem(("data.validation_file",), "data.validation_file: is not set; name the examples"))
+    elif config.data.dataset is not None and config.data.validation_split is None:
+        problems.append(Problem(("data.validation_split",), "data.validation_split: is not set; name the split"))
+    return problems
+
+
+def _evaluate_requirements(config: RunConfig) -> list[Problem]:
+    problems = needs_validation(config)
+    if config.model.name is None:
+        problems.append(Problem(("model.name",), "model.name: is not set; name a trained model (--model DIR)"))
+    return problems
+
+
+def combinations(config: RunConfig) -> list[Problem]:
+    data, model, train = config.data, config.model, config.train
+    rules = [
+        (
+            ("data.stride", "data.max_length"),
+            data.stride >= data.max_length,
+            f"data.stride: {data.stride} is not smaller than data.max_length ({data.max_length}), so windows would not "
+            "advance; lower it",
+        ),
+        (
+            ("data.synthetic", "data.train_file", "data.validation_file", "data.dataset"),
+            data.synthetic is not None and _is_any(config, "train_file", "validation_file", "dataset"),
+            "data.synthetic: generates both splits; leave out data.train_file, data.validation_file and data.dataset, "
+            "or take data.synthetic out of the config file",
+        ),
+        (
+            ("data.dataset", "data.train_file", "data.validation_file"),
+            data.dataset is not None and _is_any(config, "train_file", "validation_file"),
+            "data.dataset: names the data, and so do data.train_file or data.validation_file; keep one",
+        ),
+        (
+            ("data.validation_share", "data.validation_file", "data.synthetic"),
+            data.validation_share > 0 and _is_any(config, "validation_file", "synthetic"),
+            "data.validation_share: holds out training examples, but there are validation data; keep one",
+        ),
+        (
+            ("data.synthetic.unanswerable_share", "data.unanswerable"),
+            data.synthetic is not None and data.synthetic.unanswerable_share > 0 and data.unanswerable != "allow",
+            "data.synthetic.unanswerable_share: asks for questions without an answer; set data.unanswerable to allow",
+        ),
+        (
+            ("model.config", "model.name"),
+            model.config is not None and model.name is not None,
+            "model.config: describes a new model, model.name a pretrained one; keep one of them",
+        ),
+        (
+            ("model.config",),
+            model.config is not None and not isinstance(model.config.get("model_type"), str),
+            "model.config: has no model_type; add one, such as bert",
+        ),
+        (
+            ("train.micro_batch_size", "train.global_batch_size"),
+            train.micro_batch_size is not None and train.micro_batch_size > train.global_batch_size,
+            f"train.micro_batch_size: {train.micro_batch_size} is more than train.global_batch_size "
+            f"({train.global_batch_size}); lower it",
+        ),
+    ]
+    return [Problem(keys, message) for keys, broken, message in rules if broken]
+
+
+FOR_COMMAND: dict[str, list[Check]] = {
+    "train": [_train_requirements, combinations],
+    "evaluate": [_evaluate_requirements, combinations],
+}
+"""Command -> what its settings must pass."""

@@ -1,0 +1,44 @@
+"""Files of predictions, scored as the official scripts do."""
+
+from pathlib import Path
+
+from qa_dist.config import RunConfig
+from qa_dist.errors import UserError, listing
+from qa_dist.tasks.question_answering.metric import score_predictions
+from qa_dist.tasks.question_answering.reading import read_mapping
+from qa_dist.tasks.question_answering.splits import Split
+
+
+def score_file(
+    config: RunConfig, predictions_file: Path, null_odds_file: Path | None, na_prob_thresh: float
+) -> tuple[dict[str, float], list[str]]:
+    """The official script's figures for `predictions_file` on the validation examples, and notes for the user.
+
+    SQuAD 2.0's rules hold where data.unanswerable is allow. Raises `UserError` for files that cannot be used.
+    """
+    v2 = config.data.unanswerable == "allow"
+    predictions = read_mapping(predictions_file, str)
+    if null_odds_file is not None and not v2:
+        raise UserError("--null_odds: belongs to SQuAD 2.0; add --data.unanswerable allow")
+    null_odds = read_mapping(null_odds_file, float) if null_odds_file else None
+    examples = Split(config.data, "validation").loaded
+    references = {example.id: example.answers for example in examples.items}
+    missing = [key for key in references if key not in predictions]
+    strangers = [key for key in predictions if key not in references]
+    if len(missing) == len(references):
+        raise UserError(
+            f"{predictions_file}: none of its {len(predictions):,} ids ({listing(strangers)}) is among the "
+            f"{len(references):,} examples ({listing(missing)}); it was made for other data"
+        )
+    if null_odds is not None:
+        bare = [key for key in predictions if key in references and key not in null_odds]
+        if bare:
+            raise UserError(f"{null_odds_file}: {len(bare):,} predictions have no odds there ({listing(bare)})")
+    notes = list(examples.notes)
+    if missing:
+        consequence = "are left out" if v2 else "score 0"
+        notes.append(f"{len(missing):,} questions have no prediction and {consequence} ({listing(missing)})")
+    if strangers:
+        notes.append(f"{len(strangers):,} predictions are for no question of these data ({listing(strangers)})")
+    figures = score_predictions(predictions, references, v2=v2, null_odds=null_odds, na_prob_thresh=na_prob_thresh)
+    return figures, notes
