@@ -88,9 +88,28 @@ def combinations(config: RunConfig) -> list[Problem]:
         ),
         (
             ("train.micro_batch_size", "train.global_batch_size"),
-            train.micro_batch_size is not None and train.micro_batch_size > train.global_batch_size,
+            isinstance(train.micro_batch_size, int)
+            and train.tokens_per_batch is None
+            and train.micro_batch_size > train.global_batch_size,
             f"train.micro_batch_size: {train.micro_batch_size} is more than train.global_batch_size "
             f"({train.global_batch_size}); lower it",
+        ),
+        (
+            ("train.tokens_per_batch", "train.global_batch_size"),
+            train.tokens_per_batch is not None and "global_batch_size" in train.model_fields_set,
+            "train.tokens_per_batch: says how large a step is, and so does train.global_batch_size; keep one",
+        ),
+        (
+            ("train.compile", "model.attention"),
+            train.compile and model.attention == "varlen",
+            "train.compile: compiles a few lengths of batches, and with model.attention varlen each batch has its own; "
+            "keep one of them",
+        ),
+        (
+            ("train.tokens_per_batch", "data.max_length"),
+            train.tokens_per_batch is not None and train.tokens_per_batch < 2 * data.max_length,
+            f"train.tokens_per_batch: {train.tokens_per_batch} is less than two windows of data.max_length "
+            f"({data.max_length}); raise it",
         ),
     ]
     return [Problem(keys, message) for keys, broken, message in rules if broken]

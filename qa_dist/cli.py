@@ -105,7 +105,7 @@ def _run(command: str, sources: list[Source]) -> int:
     launch = LaunchEnvironment.read()
     launch.announce()
     from qa_dist.reporting.run_directory import StoppedError, require_free
-    from qa_dist.training import loop
+    from qa_dist.training import session
     from qa_dist.training.export import exported_settings
 
     def output_dir_is_free(config: RunConfig) -> list[Problem]:
@@ -132,7 +132,7 @@ def _run(command: str, sources: list[Source]) -> int:
         ]  # what a file that cannot be read might have set is not "missing"
     config = resolve(sources, to_check)
     try:
-        (loop.train if command == "train" else loop.evaluate_only)(config, launch)
+        (session.train if command == "train" else session.evaluate_only)(config, launch)
     except StoppedError as stop:
         _tell(f"qa-dist: {stop}")
         return stop.exit_code

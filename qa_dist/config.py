@@ -107,6 +107,10 @@ class ModelConfig(Section):
     """Tokenizer directory or Hub id, where it is not the model's own."""
     vocab_size: PositiveInt = 4000
     """Vocabulary of the tokenizer that is trained on the training texts when there is a config and no tokenizer."""
+    attention: Literal["auto", "sdpa", "eager", "varlen"] = "auto"
+    """How attention is computed: as transformers finds best for the model, by PyTorch's fused kernels (sdpa), step by
+    step (eager), or on windows laid end to end without padding (varlen; NVIDIA GPUs in bf16 or fp16; BERT, RoBERTa,
+    DistilBERT and their like)."""
     trust_remote_code: bool = False
     """Run code that comes with the model's repository. Only for repositories whose code you have read."""
 
@@ -118,9 +122,12 @@ class TrainConfig(Section):
     """Passes over the training examples."""
     global_batch_size: PositiveInt = 32
     """Windows per optimizer step, over all processes and accumulation steps together."""
-    micro_batch_size: PositiveInt | None = None
+    tokens_per_batch: PositiveInt | None = None
+    """Instead of a number of windows per optimizer step: most tokens, not counting padding. A step then has more
+    short windows, or fewer long ones."""
+    micro_batch_size: PositiveInt | Literal["auto"] | None = None
     """Most windows that one process takes at once; gradients are accumulated until the global batch is whole.
-    By default a process takes its whole share at once."""
+    By default a process takes its whole share at once; with auto as much of it as the GPU's memory holds."""
     learning_rate: PositiveFloat = 5e-5
     """Peak learning rate of AdamW."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -139,6 +146,14 @@ class TrainConfig(Section):
     """Gradients are scaled down to this norm, on every engine alike; zero leaves them as they are."""
     group_by_length: bool = True
     """Build batches of windows of similar length, so that little is padded."""
+    gradient_checkpointing: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more work."""
+    compile: bool = False
+    """Compile the model (torch.compile). Lengths are then padded to multiples of 64, so that there are few shapes."""
+    tf32: bool = True
+    """Let GPUs that can multiply float32 matrices in TensorFloat-32: several times faster, 10 bits of mantissa."""
+    max_skipped_steps: PositiveInt = 20
+    """Stop when so many float16 steps in a row have overflowed and were left out."""
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Seed of the new weights, the order of the examples and dropout."""
 
@@ -178,6 +193,7 @@ CARRIED_SETTINGS = (
     "data.max_length",
     "data.stride",
     "data.unanswerable",
+    "train.tf32",
     "evaluation.batch_size",
     "evaluation.n_best",
     "evaluation.max_answer_length",

@@ -8,9 +8,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import yaml
+
+from qa_dist.tasks.question_answering.data import Example, Examples
+from qa_dist.tasks.question_answering.features import QuestionAnsweringFeatures, build_features
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -43,7 +47,7 @@ class Launcher:
         self.directory = directory
 
     def config(self, engine: str, processes: int, **more: Any) -> Path:
-        """`engine`: ddp, zero0, zero1, zero2 or zero3, all on CPU."""
+        """`engine`: ddp, fsdp2, zero0, zero1, zero2 or zero3, all on CPU."""
         config: dict[str, Any] = {
             "compute_environment": "LOCAL_MACHINE",
             "mixed_precision": "no",
@@ -55,6 +59,9 @@ class Launcher:
         }
         if engine == "ddp":
             config["distributed_type"] = "MULTI_GPU" if processes > 1 else "NO"
+        elif engine == "fsdp2":
+            config["distributed_type"] = "FSDP"
+            config["fsdp_config"] = {"fsdp_version": 2, "fsdp_reshard_after_forward": True}
         else:
             config["distributed_type"] = "DEEPSPEED"
             config["deepspeed_config"] = {
@@ -136,3 +143,13 @@ def squad(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Flat examples in SQuAD's nested form."""
     paragraphs = [{"context": e["context"], "qas": [{k: v for k, v in e.items() if k != "context"}]} for e in examples]
     return {"version": "1.1", "data": [{"title": "t", "paragraphs": paragraphs}]}
+
+
+def features_of(
+    examples: Sequence[Example], tokenizer: Any, padding_side: str = "right", *, max_length: int = 120, stride: int = 30
+) -> QuestionAnsweringFeatures:
+    """The windows of `examples`, without a cache."""
+    table = build_features(examples, tokenizer, max_length=max_length, stride=stride).combine_chunks()
+    padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+    loaded: Any = SimpleNamespace(data=table, column_names=table.column_names)
+    return QuestionAnsweringFeatures(loaded, "key", padding, lambda: Examples(list(examples)), padding_side)

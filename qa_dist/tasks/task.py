@@ -3,9 +3,11 @@
 The training loop, the evaluation, the checkpoints and the reports know a task by these classes alone.
 """
 
+import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 @dataclass
 class Batch:
-    """Features padded to one length, a multiple of 8 tokens."""
+    """Features padded to one length."""
 
     inputs: dict[str, Tensor]
     """Arguments of the model's forward pass, each [features, length]."""
@@ -25,12 +27,25 @@ class Batch:
     index: Tensor
     """Positions of the features in their set, int64, [features]."""
 
-    def to(self, device: torch.device) -> "Batch":
-        return Batch(
-            {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()},
-            {name: tensor.to(device, non_blocking=True) for name, tensor in self.targets.items()},
-            self.index.to(device, non_blocking=True),
-        )
+    @property
+    def positions(self) -> int:
+        """Tokens and padding that the model is given."""
+        return next(iter(self.inputs.values())).numel()
+
+    def pinned(self) -> Self:
+        """In memory from which a GPU can copy by itself."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def to(self, device: torch.device) -> Self:
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        def changed(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return change(value)
+            return {name: changed(part) for name, part in value.items()} if isinstance(value, dict) else value
+
+        return type(self)(**{part.name: changed(getattr(self, part.name)) for part in dataclasses.fields(self)})
 
 
 class FeatureSet(ABC):
@@ -54,8 +69,12 @@ class FeatureSet(ABC):
         """Figures of the split for people, by their names. Reads the examples, if no one has yet."""
 
     @abstractmethod
-    def collate(self, indices: npt.NDArray[np.integer]) -> Batch:
-        """The features at `indices` as one batch, in that order."""
+    def collate(self, indices: npt.NDArray[np.integer], multiple: int = 8) -> Batch:
+        """The features at `indices` as one batch, in that order, padded to a multiple of `multiple` tokens."""
+
+    @abstractmethod
+    def names(self, indices: npt.NDArray[np.integer]) -> list[str]:
+        """How a person finds the features at `indices` in the data, such as the ids of their examples."""
 
 
 @dataclass

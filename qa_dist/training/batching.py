@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 Indices = npt.NDArray[np.int64]
 
-POOL = 50
+POOL = 16
 """Global batches whose features are sorted by length together. Larger pools pad less; smaller ones leave more to
-chance which features meet in a batch."""
+chance which features meet in a batch: with 16, on SQuAD, a tenth less than without any sorting."""
 
 
 @dataclass(frozen=True)
@@ -32,26 +32,48 @@ def plan_epoch(
     seed: int,
     epoch: int,
     global_batch_size: int,
+    tokens_per_batch: int | None = None,
     group_by_length: bool = True,
 ) -> list[Indices]:
     """The global batches of an epoch, in order; every feature is in exactly one of them.
 
     `lengths` [num_features] are in tokens. All batches hold `global_batch_size` features but the last, which
     holds what is left. With `group_by_length` the features of a batch have similar lengths: the shuffled epoch
-    is divided into pools of 50 batches, each pool sorted by length and cut into batches, and the batches
+    is divided into pools of 16 batches, each pool sorted by length and cut into batches, and the batches
     shuffled.
+
+    With `tokens_per_batch` a batch holds as many features as have that many tokens, or somewhat fewer, instead of
+    a fixed number; it has to be at least twice the longest feature.
     """
-    num_full = len(lengths) // global_batch_size
-    order, batch_order = _shuffled(len(lengths), seed, epoch, 0), _shuffled(num_full, seed, epoch, 1)
-    full = num_full * global_batch_size
-    # The short batch is drawn before anything is sorted, so that it is as random as the others.
-    rest, order = order[full:], order[:full]
-    if group_by_length:
+    order = _shuffled(len(lengths), seed, epoch, 0)
+    if tokens_per_batch is None:
+        full = len(lengths) // global_batch_size * global_batch_size
+        # The short batch is drawn before anything is sorted, so that it is as random as the others.
+        rest, order = order[full:], order[:full]
         size = POOL * global_batch_size
-        pools = [order[at : at + size] for at in range(0, full, size)]
-        order = np.concatenate([pool[np.argsort(-lengths[pool], kind="stable")] for pool in pools] or [order])
-    batches = list(order.reshape(-1, global_batch_size)[batch_order])
+    else:
+        rest = order[:0]
+        size = max(int(POOL * tokens_per_batch / lengths.mean()), 1)
+    batches: list[Indices] = []
+    for at in range(0, len(order), size):
+        pool = order[at : at + size]
+        if group_by_length:
+            pool = pool[np.argsort(-lengths[pool], kind="stable")]
+        if tokens_per_batch is None:
+            batches.extend(pool.reshape(-1, global_batch_size))
+        else:
+            batches.extend(_cut(pool, lengths[pool], tokens_per_batch))
+    batches = [batches[i] for i in _shuffled(len(batches), seed, epoch, 1)]
     return [*batches, rest] if len(rest) else batches
+
+
+def _cut(pool: Indices, lengths: npt.NDArray[np.integer], tokens_per_batch: int) -> list[Indices]:
+    """Parts with about the same number of tokens each, at most `tokens_per_batch`."""
+    ends = np.cumsum(lengths)
+    # A part may run over its share by less than one feature.
+    parts = -(-int(ends[-1]) // (tokens_per_batch - int(lengths.max()) + 1))
+    shares = np.arange(1, parts) * (ends[-1] / parts)
+    return [part for part in np.split(pool, np.searchsorted(ends, shares)) if len(part)]
 
 
 def _shuffled(count: int, *seeds: int) -> Indices:
@@ -59,11 +81,6 @@ def _shuffled(count: int, *seeds: int) -> Indices:
     which it does not promise for `Generator.permutation`; a run may be resumed with another version."""
     keys = np.random.PCG64(np.random.SeedSequence(seeds)).random_raw(count)
     return np.argsort(keys, kind="stable")
-
-
-def num_batches(num_features: int, global_batch_size: int) -> int:
-    """Optimizer steps per epoch."""
-    return -(-num_features // global_batch_size)
 
 
 def shard(

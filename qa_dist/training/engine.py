@@ -1,14 +1,15 @@
-"""The model on its devices: Accelerate with DDP or DeepSpeed, whichever the launch config says.
+"""The processes of a run, and the model on their devices, as Accelerate's launch config says.
 
-Differences between the engines end here. Outside of this file there is a model that can be called, losses that
-can be sent backward, an update, and collectives.
+Outside of this file and `strategies` there is a model that can be called, losses that can be sent backward, an
+update, and collectives.
 """
 
 import contextlib
 import io
 import logging
+import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,7 +18,6 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import (
-    DeepSpeedPlugin,
     DistributedType,
     InitProcessGroupKwargs,
     broadcast_object_list,
@@ -26,9 +26,12 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from qa_dist.config import TrainConfig
+from qa_dist.config import RunConfig
 from qa_dist.errors import UserError
+from qa_dist.tasks.task import Batch
 from qa_dist.training.launch_environment import LaunchEnvironment
+from qa_dist.training.strategies import NO_CLIPPING, DataParallel, Strategy, strategy_for
+from qa_dist.training.varlen import obstacle, packed, run_model, switch_on
 
 Result = TypeVar("Result")
 
@@ -50,8 +53,12 @@ class Engine:
     `start` joins the processes; `prepare` puts a model (and its optimizer) on them.
     """
 
+    strategy: Strategy
+    """How the model is spread over the processes."""
     model: nn.Module
-    """The wrapped model: call it as the plain one."""
+    """The wrapped model; `forward` calls it."""
+    first_position: int | None = None
+    """Of the model, where its windows are laid end to end without padding."""
 
     def __init__(self, launch: LaunchEnvironment, timeout_minutes: int):
         """Join the process group. Raises `UserError` when fewer processes found each other than were started, or
@@ -63,6 +70,8 @@ class Engine:
         group = InitProcessGroupKwargs(
             backend="gloo" if deepspeed_on_cpu else None, timeout=timedelta(minutes=timeout_minutes)
         )
+        # Told of FSDP, Accelerate would use its own on GPUs, and on CPUs let every process train apart.
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints that it has built an extension
             self.accelerator = Accelerator(cpu=launch.on_cpu and not deepspeed_on_cpu, kwargs_handlers=[group])
         # Under ZeRO-3 transformers would build models in shards, with collectives in every layer's constructor.
@@ -73,12 +82,14 @@ class Engine:
         self.is_main: bool = self.accelerator.is_main_process
         self.device: torch.device = self.accelerator.device
         self._check_world(launch)
+        self.strategy = strategy_for(self.accelerator, launch.use_fsdp)
 
     def _check_world(self, launch: LaunchEnvironment) -> None:
         kind = self.accelerator.distributed_type
         if kind not in SUPPORTED:
             raise UserError(
-                f"distributed_type: {kind.name} (from the launch config) is not supported; use DEEPSPEED or MULTI_GPU"
+                f"distributed_type: {kind.name} (from the launch config) is not supported; use MULTI_GPU, DEEPSPEED "
+                "or FSDP"
             )
         alone = kind == DistributedType.NO
         if self.world_size != launch.world_size or (alone and launch.world_size > 1):
@@ -88,91 +99,76 @@ class Engine:
             )
 
     @property
-    def is_deepspeed(self) -> bool:
-        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
-
-    @property
-    def _deepspeed(self) -> DeepSpeedPlugin:
-        plugin = self.accelerator.deepspeed_plugin
-        assert plugin is not None
-        return plugin
-
-    @property
     def description(self) -> str:
         """One line on device, engine, precision and processes, for people."""
-        name = self.accelerator.distributed_type.name
-        if self.is_deepspeed:
-            name = f"DeepSpeed ZeRO-{self._deepspeed.zero_stage}"
-        elif name.startswith("MULTI_"):
-            name = "DDP"
-        else:
-            name = "no sharding"
         precision = {"no": "float32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision)
         processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
-        return f"{name}, {precision}, {processes} on {self.device.type}"
+        return f"{self.strategy.name}, {precision}, {processes} on {self.device.type}"
 
-    # ------------------------------------------------------------------------------------------- training
+    # ------------------------------------------------------------------------------------------- the model
 
-    def prepare(self, model: nn.Module, settings: TrainConfig) -> None:
-        """Shard `model` for training, with AdamW."""
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, settings.weight_decay),
-            lr=settings.learning_rate,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            eps=settings.adam_epsilon,
-            fused=self.device.type == "cuda",
-        )
-        self._max_grad_norm = settings.max_grad_norm
-        if self.is_deepspeed:
-            # The batches are ours: DeepSpeed only multiplies these numbers. Accumulation is controlled by the
-            # boundary passed to backward(), and losses arrive scaled, so it must not divide them again.
-            config = self._deepspeed.deepspeed_config
-            config["train_micro_batch_size_per_gpu"] = 1
-            config["gradient_accumulation_steps"] = 1
-            config["train_batch_size"] = self.world_size
-            config["gradient_clipping"] = settings.max_grad_norm
+    def use_packed_attention(self, model: nn.Module) -> list[str]:
+        """Have `model` compute attention without padding, where it can. Returns notes for the user."""
+        why_not = obstacle(model, self.device, self.accelerator.mixed_precision)
+        if why_not:
+            return [f"model.attention: varlen is not used: {why_not}"]
+        self.first_position = switch_on(model)
+        dropout = getattr(model.config, "attention_probs_dropout_prob", getattr(model.config, "attention_dropout", 0))
+        return ["model.attention: varlen leaves out the dropout of attention weights"] if dropout else []
+
+    def prepare(self, model: nn.Module, config: RunConfig) -> None:
+        """Spread `model` over the processes for training, with AdamW."""
+        settings = config.train
+        set_tf32(settings.tf32)
         model.train()  # transformers hands out pretrained models with dropout switched off
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if settings.gradient_checkpointing:
+            enable_gradient_checkpointing(model)
+        if settings.compile:
+            # In place, so that names of weights stay. Lengths are multiples of a bucket; only counts of windows vary.
+            model.compile(dynamic=False)
 
-    def prepare_for_evaluation(self, model: nn.Module) -> None:
+        def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(
+                parameter_groups(model, settings.weight_decay),
+                lr=settings.learning_rate,
+                betas=(settings.adam_beta1, settings.adam_beta2),
+                eps=settings.adam_epsilon,
+                fused=self.device.type == "cuda",
+            )
+
+        self.strategy.max_grad_norm = settings.max_grad_norm or NO_CLIPPING
+        self.strategy.prepare(model, make_optimizer)
+        self.model = self.strategy.model
+
+    def prepare_for_evaluation(self, model: nn.Module, config: RunConfig) -> None:
         """Put `model` on the device, whole, in the precision in which training would evaluate it."""
-        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        if self.is_deepspeed and self.accelerator.mixed_precision in dtypes:
-            model = model.to(dtypes[self.accelerator.mixed_precision])  # DeepSpeed casts, the others autocast
-            self.model = model.to(self.device)
-        elif self.is_deepspeed:
-            self.model = model.to(self.device)
-        else:
+        set_tf32(config.train.tf32)
+        if self.strategy.casts_weights:
+            low = torch.float16 if self.accelerator.mixed_precision == "fp16" else torch.bfloat16
+            self.model = model.to(self.device, low)
+        elif isinstance(self.strategy, DataParallel):
             self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
-
-    @contextlib.contextmanager
-    def accumulating(self, last: bool) -> Iterator[None]:
-        """Around forward and backward of one micro-batch: gradients are exchanged only with the `last` one."""
-        self.accelerator.sync_gradients = last
-        if last or self.is_deepspeed:
-            yield
         else:
-            with self.accelerator.no_sync(self.model):
-                yield
+            self.model = model.to(self.device)
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss`, which is averaged over the ranks and summed over micro-batches. Under
-        DeepSpeed the last micro-batch's call also updates the weights, so set the learning rate before."""
-        self.accelerator.backward(loss)
+    def forward(self, batch: Batch) -> tuple[Any, Batch]:
+        """The model's output for a batch from the host, and the batch on the device."""
+        moved = batch.to(self.device)
+        return run_model(self.model, moved), moved
 
-    def update(self) -> float:
-        """Clip, update the weights, clear the gradients. Returns the gradients' norm before clipping."""
-        if self.is_deepspeed:
-            wrapped = self.accelerator.deepspeed_engine_wrapped
-            assert wrapped is not None
-            return float(wrapped.get_global_grad_norm() or 0.0)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self._max_grad_norm or float("inf"))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(norm) if norm is not None else 0.0
+    def staged(self, batch: Batch) -> Batch:
+        """`batch`, on the host, in the form that `forward` takes."""
+        if self.first_position is not None:
+            batch = packed(batch, self.first_position)
+        return batch.pinned() if self.device.type == "cuda" else batch
+
+    @property
+    def is_half(self) -> bool:
+        """Whether gradients are float16, so that an overflow is a matter of the loss scale."""
+        return self.accelerator.mixed_precision == "fp16"
 
     def set_learning_rate(self, value: float) -> None:
-        for group in self.optimizer.param_groups:
+        for group in self.strategy.optimizer.param_groups:
             group["lr"] = value
 
     # ---------------------------------------------------------------------------------------- collectives
@@ -182,6 +178,17 @@ class Engine:
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
+
+    def max(self, value: float) -> float:
+        """The largest `value` of all ranks."""
+        tensor = torch.tensor(value, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.item()
+
+    def gather(self, value: Result) -> list[Result]:
+        """Every rank's `value`, by rank, on all of them."""
+        return gather_object([value]) if self.world_size > 1 else [value]
 
     def gather_rows(self, tensor: Tensor, fill: int) -> Tensor:
         """The rows of all ranks, [world_size, rows, …]. Ranks with fewer rows than others are filled up."""
@@ -196,7 +203,7 @@ class Engine:
 
     def require_same(self, value: str, what: str) -> None:
         """Raise `UserError` on all ranks unless all have the same `value`."""
-        values = gather_object([value]) if self.world_size > 1 else [value]
+        values = self.gather(value)
         if len(set(values)) > 1:
             raise UserError(
                 f"{what} differ between processes: the nodes do not see the same files, or not the same versions "
@@ -228,7 +235,7 @@ class Engine:
                 error = raised
             if error is not None:
                 message = str(error) if isinstance(error, UserError) else f"process {self.rank} failed: {error!r}"
-        messages = gather_object([message]) if self.world_size > 1 else [message]
+        messages = self.gather(message)
         if error is not None:
             raise error
         if found := [text for text in messages if text]:
@@ -248,6 +255,22 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+
+
+def set_tf32(allowed: bool) -> None:
+    """Whether GPUs that can may multiply float32 matrices with 10 bits of mantissa (NVIDIA's TensorFloat-32)."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def enable_gradient_checkpointing(model: nn.Module) -> None:
+    """Keep only each layer's input for the backward pass, and compute the rest again. Raises `UserError` for a model
+    that cannot."""
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        raise UserError(f"train.gradient_checkpointing: models of type {kind!r} cannot; leave it off")
+    enable: Any = model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

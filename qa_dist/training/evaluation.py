@@ -52,9 +52,9 @@ def collect(engine: Engine, task: Task, features: FeatureSet, batch_size: int, s
         # sharded model is gathered for each forward pass: the surplus ranks start again from the first batch.
         stop.raise_if_any(engine)
         real = min(engine.world_size, len(batches) - first)
-        batch = features.collate(batches[(first + engine.rank) % len(batches)]).to(engine.device)
+        on_host = engine.staged(features.collate(batches[(first + engine.rank) % len(batches)]))
         with torch.no_grad():
-            output = engine.model(**batch.inputs)
+            output, batch = engine.forward(on_host)
             rows = {**task.outputs(output, batch), "loss": task.loss(output, batch)}
         index = engine.gather_rows(batch.index, fill=-1)[:real].flatten()
         gathered = {name: engine.gather_rows(tensor, fill=0)[:real].flatten(0, 1) for name, tensor in rows.items()}

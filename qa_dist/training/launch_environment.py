@@ -17,6 +17,7 @@ class LaunchEnvironment:
     local_rank: int
     world_size: int
     use_deepspeed: bool
+    use_fsdp: bool
     mixed_precision: str
     """no, fp16 or bf16."""
     is_split: bool
@@ -32,6 +33,7 @@ class LaunchEnvironment:
             local_rank=int(get("LOCAL_RANK", "0")),
             world_size=int(get("WORLD_SIZE", "1")),
             use_deepspeed=get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true",
+            use_fsdp=get("ACCELERATE_USE_FSDP", "false").lower() == "true",
             # Accelerate's launcher for a single process sets the master's address only if more were asked for.
             is_split="ACCELERATE_MIXED_PRECISION" in os.environ
             and "MASTER_ADDR" in os.environ
@@ -68,14 +70,28 @@ class LaunchEnvironment:
                     "mixed_precision: fp16 (from the launch config) does not exist on a CPU; set it to bf16 or no",
                 )
             )
+        if config.model.attention == "varlen" and self.on_cpu:
+            message = "model.attention: varlen needs an NVIDIA GPU, and this run is on the CPU; set it to auto"
+            problems.append(Problem(("model.attention",), message))
         return problems
 
     def training_problems(self, config: RunConfig) -> list[Problem]:
         """What about the launch does not fit the training settings."""
-        if config.train.global_batch_size >= self.world_size:
-            return []
+        problems = []
+        if self.use_fsdp and self.mixed_precision == "fp16":
+            message = "mixed_precision: fp16 (from the launch config) is not supported under FSDP; use bf16"
+            problems.append(Problem((), message))
+        if self.use_fsdp and os.environ.get("FSDP_VERSION", "2") != "2":
+            message = "fsdp_version: FSDP1 (from the launch config) is not supported; set it to 2"
+            problems.append(Problem((), message))
+        zero_3 = self.use_deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+        if config.train.compile and (zero_3 or self.use_fsdp):
+            message = "train.compile: is not supported for a sharded model; use DDP, ZeRO-1 or ZeRO-2"
+            problems.append(Problem(("train.compile",), message))
+        if config.train.tokens_per_batch is not None or config.train.global_batch_size >= self.world_size:
+            return problems
         message = (
             f"train.global_batch_size: {config.train.global_batch_size} is less than one window for each of the "
             f"{self.world_size} processes; raise it, or start fewer processes"
         )
-        return [Problem(("train.global_batch_size",), message)]
+        return [*problems, Problem(("train.global_batch_size",), message)]

@@ -1,35 +1,29 @@
 """Training: epochs and steps.
 
-`train` reads as the story of a run. Who owns what: the plan of an epoch is a pure function (`batching`), the
+`Training.fit` reads as the story of a run. Who owns what: the plan of an epoch is a pure function (`batching`), the
 engine owns the model and the optimizer, the run directory owns the files, and `Progress` holds the few numbers
 that change.
 """
 
-import contextlib
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
-
-import torch
 
 from qa_dist.checkpoint.state import full_weights
 from qa_dist.config import RunConfig
-from qa_dist.config_sources import to_yaml
 from qa_dist.errors import TrainingError
 from qa_dist.reporting.run_directory import RunDirectory, StoppedError
-from qa_dist.reporting.tracker import History, Tracker, summary_table
-from qa_dist.tasks import load_task
+from qa_dist.reporting.tracker import History, Tracker
 from qa_dist.tasks.task import FeatureSet, Score, Task
-from qa_dist.training.batching import Indices, num_batches, plan_epoch, shard
-from qa_dist.training.engine import Engine, is_lost_connection, seed_step
+from qa_dist.training.batching import Indices, plan_epoch
+from qa_dist.training.engine import Engine
 from qa_dist.training.evaluation import evaluate
 from qa_dist.training.export import export_model
-from qa_dist.training.launch_environment import LaunchEnvironment
-from qa_dist.training.models import build_model
+from qa_dist.training.health import FlopsPerWindow, Meter, peak_flops, peak_memory
 from qa_dist.training.preemption import StopRequest
+from qa_dist.training.prefetch import made_ahead
 from qa_dist.training.schedule import learning_rate
+from qa_dist.training.step import NonFiniteError, Step, StepResult
 
 
 @dataclass
@@ -38,6 +32,8 @@ class Progress:
 
     step: int = 0
     """Optimizer steps done."""
+    skipped_in_a_row: int = 0
+    """float16 steps that have overflowed since the last one that did not."""
     train_seconds: float = 0.0
     """Time spent in training steps, without evaluation."""
     history: History = field(default_factory=list)
@@ -47,112 +43,9 @@ class Progress:
 
 
 @dataclass
-class Window:
-    """Sums since the last logged step."""
+class Training:
+    """A run's epochs."""
 
-    loss: float = 0.0
-    steps: int = 0
-    samples: int = 0
-    seconds: float = 0.0
-
-    def add(self, loss: float, samples: int, seconds: float) -> None:
-        """Count one more step."""
-        self.loss += loss
-        self.steps += 1
-        self.samples += samples
-        self.seconds += seconds
-
-
-def train(config: RunConfig, launch: LaunchEnvironment) -> None:
-    """Train and evaluate as `config` says, and leave the results in the run directory.
-
-    Raises `UserError` for what the user can mend, and `StoppedError` after a signal.
-    """
-    with _session(config, launch) as (engine, run, stop):
-        parts = _load(config, engine, run, stop, ("train", "validation"))
-        engine.prepare(parts.model, config.train)
-        _Training(config, engine, parts.task, run, parts.tracker, stop, parts.sets).fit()
-
-
-def evaluate_only(config: RunConfig, launch: LaunchEnvironment) -> None:
-    """Evaluate a trained model, and leave metrics and predictions in the run directory. Raises as `train` does."""
-    with _session(config, launch) as (engine, run, stop):
-        parts = _load(config, engine, run, stop, ("validation",))
-        engine.prepare_for_evaluation(parts.model)
-        score = evaluate(engine, parts.task, parts.sets["validation"], config.evaluation.batch_size, stop)
-
-        def write() -> None:
-            run.write_json("metrics.json", score.metrics)
-            for name, content in score.files.items():
-                run.write_json(name, content)
-
-        engine.on_main(write)
-        parts.tracker.log_figures(score.metrics)
-        parts.tracker.say(f"done: {run.path}")
-
-
-@contextlib.contextmanager
-def _session(config: RunConfig, launch: LaunchEnvironment) -> Iterator[tuple[Engine, RunDirectory, StopRequest]]:
-    """The processes joined, signals listened to, and a run directory that will tell how the run ended."""
-    engine = Engine(launch, config.run.timeout_minutes)
-    run = RunDirectory(config.output_dir, engine.is_main)
-    stop = StopRequest()
-    with stop.listening():
-        engine.on_main(lambda: run.open(to_yaml(config), engine.description))
-        with run.recorded():
-            try:
-                yield engine, run, stop
-            except RuntimeError as error:
-                if is_lost_connection(error):
-                    raise TrainingError(
-                        "another process of this run is gone: killed, out of memory, or failed; see what it or its "
-                        f"node's log says ({str(error).splitlines()[0]})"
-                    ) from None
-                raise
-    engine.close()
-
-
-class _Parts(NamedTuple):
-    task: Task
-    sets: dict[str, FeatureSet]
-    model: torch.nn.Module
-    tracker: Tracker
-
-
-def _load(config: RunConfig, engine: Engine, run: RunDirectory, stop: StopRequest, splits: tuple[str, ...]) -> _Parts:
-    """The task, the features of `splits` and the model, the same on all ranks."""
-    task = engine.local_main_first(lambda: load_task(config))
-    sets: dict[str, FeatureSet] = {}
-    for split in splits:
-        stop.raise_if_any(engine)
-        features = engine.local_main_first(lambda split=split: task.features(split))
-        engine.require_same(features.fingerprint if features else "", f"the {split} features")
-        if features is not None:
-            sets[split] = features
-    model, notes = engine.local_main_first(lambda: build_model(config, task, trained="train" not in splits))
-    stop.raise_if_any(engine)
-    tracker = Tracker(run, task.headline)
-    _introduce(tracker, engine, model, notes, sets)
-    return _Parts(task, sets, model, tracker)
-
-
-def _introduce(
-    tracker: Tracker, engine: Engine, model: torch.nn.Module, notes: list[str], sets: dict[str, FeatureSet]
-) -> None:
-    if not engine.is_main:
-        return
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    tracker.say(f"{engine.description}; {parameters / 1e6:.1f} M parameters")
-    for note in notes:
-        tracker.say(f"model: {note}")
-    tracker.console.print(summary_table(sets))
-    for split, features in sets.items():
-        for note in features.notes:
-            tracker.say(f"{split}: note: {note}")
-
-
-@dataclass
-class _Training:
     config: RunConfig
     engine: Engine
     task: Task
@@ -160,22 +53,35 @@ class _Training:
     tracker: Tracker
     stop: StopRequest
     sets: dict[str, FeatureSet]
+    micro_batch_size: int
+    flops: FlopsPerWindow | None
     progress: Progress = field(default_factory=Progress)
-    window: Window = field(default_factory=Window)
+    meter: Meter = field(default_factory=Meter)
 
     def __post_init__(self) -> None:
-        settings = self.config.train
         self.training_set = self.sets["train"]
-        self.steps_per_epoch = num_batches(len(self.training_set), settings.global_batch_size)
-        self.total_steps = settings.epochs * self.steps_per_epoch
-        share = -(-settings.global_batch_size // self.engine.world_size)
-        self.micro_batch_size = min(settings.micro_batch_size or share, share)
+        self.total_steps = sum(len(self._plan(epoch + 1)) for epoch in range(self.config.train.epochs))
+        self.peak_flops = peak_flops(self.engine.device, self.engine.accelerator.mixed_precision)
+        settings = self.config.train
+        self.step = Step(settings, self.engine, self.task, self.training_set, self.micro_batch_size, self.stop)
+
+    def _plan(self, epoch: int) -> list[Indices]:
+        settings = self.config.train
+        return plan_epoch(
+            self.training_set.lengths,
+            seed=settings.seed,
+            epoch=epoch,
+            global_batch_size=settings.global_batch_size,
+            tokens_per_batch=settings.tokens_per_batch,
+            group_by_length=settings.group_by_length,
+        )
 
     def fit(self) -> None:
+        """Train and evaluate every epoch. Raises `TrainingError` when that cannot go on, and `StoppedError`."""
         with self.tracker.training(self.total_steps):
             try:
                 self._run_epochs()
-            except StoppedError:  # agreed by all ranks, so all are here
+            except (StoppedError, NonFiniteError):  # agreed by all ranks, so all are here
                 if self.progress.exported_epoch is None and self.progress.step > 0:
                     self._export(0, None)
                 raise
@@ -191,79 +97,56 @@ class _Training:
                 self._export(epoch, score)
             self._write_metrics()
 
-    def _train_epoch(self, epoch: int) -> float:
+    def _train_epoch(self, epoch: int) -> float | None:
         """Run an epoch's steps. Returns the mean loss over them."""
-        settings = self.config.train
-        batches = plan_epoch(
-            self.training_set.lengths,
-            seed=settings.seed,
-            epoch=epoch,
-            global_batch_size=settings.global_batch_size,
-            group_by_length=settings.group_by_length,
-        )
-        total_loss = 0.0
-        for batch in batches:
+        batches = self._plan(epoch)
+        losses: list[float] = []
+        started = time.perf_counter()
+        for done, (batch, collated, waited) in enumerate(made_ahead(batches, self.step.collate), start=1):
+            rate = learning_rate(self.progress.step, self.total_steps, self.config.train)
+            result = self.step.run(self.progress.step, rate, batch, collated)
+            self._count(result, batch, time.perf_counter() - started, waited)
             started = time.perf_counter()
-            rate = learning_rate(self.progress.step, self.total_steps, settings)
-            loss, grad_norm, stopping = self._train_step(batch, rate)
-            seconds = time.perf_counter() - started
-            self.progress.step += 1
-            self.run.step = self.progress.step
-            self.progress.train_seconds += seconds
-            total_loss += loss
-            self.window.add(loss, len(batch), seconds)
-            self.tracker.advance()
+            if not result.skipped:
+                losses.append(result.loss)
             if self.progress.step % self.config.run.log_every == 0 or self.progress.step == self.total_steps:
-                self._log(rate, grad_norm)
-            if stopping:
+                self._log(epoch - 1 + done / len(batches), rate, result)
+            if result.stopping:
                 raise self.stop.error()
-        return total_loss / len(batches)
+        return sum(losses) / len(losses) if losses else None
 
-    def _train_step(self, batch: Indices, rate: float) -> tuple[float, float, bool]:
-        """One optimizer step on a global batch. Returns its loss, the gradients' norm, and whether to stop.
-
-        The loss is the mean over the features of the global batch, however they are divided: each rank's sum is
-        scaled by world size / batch size, since the engines average gradients over the ranks.
-        """
-        engine, settings = self.engine, self.config.train
-        seed_step(settings.seed, self.progress.step, engine.rank)
-        engine.set_learning_rate(rate)
-        micro_batches = shard(
-            batch,
-            self.training_set.lengths,
-            rank=engine.rank,
-            world_size=engine.world_size,
-            micro_batch_size=self.micro_batch_size,
-        )
-        loss_sum = torch.zeros((), device=engine.device)
-        for micro_batch in micro_batches:
-            inputs = self.training_set.collate(micro_batch.indices).to(engine.device)
-            with engine.accumulating(last=micro_batch is micro_batches[-1]):
-                losses = self.task.loss(engine.model(**inputs.inputs), inputs) * micro_batch.weight
-                engine.backward(losses.sum() * (engine.world_size / len(batch)))
-            loss_sum += losses.detach().sum()
-        grad_norm = engine.update()
-        # One collective for all that the ranks have to agree on: the loss, and whether anyone was asked to stop.
-        stop = torch.tensor(float(self.stop.signal_number > 0), device=engine.device)
-        total, stops = engine.sum(torch.stack([loss_sum, stop])).tolist()
-        loss = total / len(batch)
-        if not math.isfinite(loss):
+    def _count(self, result: StepResult, batch: Indices, seconds: float, waited: float) -> None:
+        progress, meter = self.progress, self.meter
+        progress.step += 1
+        self.run.step = progress.step
+        progress.train_seconds += seconds
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
+        lengths = self.training_set.lengths[batch]
+        meter.steps += 1
+        meter.skipped += result.skipped
+        if not result.skipped:
+            meter.losses.append(result.loss)
+        meter.samples += len(batch)
+        meter.tokens += int(lengths.sum())
+        meter.padded_tokens += result.padded_tokens
+        meter.flops += self.flops(lengths) if self.flops else 0.0
+        meter.seconds += seconds
+        meter.data_seconds += waited
+        self.tracker.advance()
+        if progress.skipped_in_a_row >= self.config.train.max_skipped_steps:
             raise TrainingError(
-                f"the loss is {loss} at step {self.progress.step + 1}: training has diverged. Lower "
-                "train.learning_rate, or lengthen train.warmup_ratio"
+                f"{progress.skipped_in_a_row} steps in a row, up to step {progress.step}, have overflowed float16 and "
+                f"were left out (the loss scale is down to {result.loss_scale}). Use bf16, where the GPU has it, or "
+                "lower train.learning_rate"
             )
-        return loss, grad_norm, stops > 0
 
-    def _log(self, rate: float, grad_norm: float) -> None:
-        window, self.window = self.window, Window()
-        values = {
-            "epoch": self.progress.step / self.steps_per_epoch,
-            "loss": window.loss / window.steps,
-            "learning_rate": rate,
-            "grad_norm": grad_norm,
-            "samples_per_second": window.samples / window.seconds,
-            "seconds_per_step": window.seconds / window.steps,
-        }
+    def _log(self, epoch: float, rate: float, result: StepResult) -> None:
+        meter, self.meter = self.meter, Meter()
+        values = {"epoch": epoch, "learning_rate": rate, "grad_norm": result.grad_norm}
+        values |= meter.figures(self.engine.world_size, self.peak_flops)
+        if result.loss_scale is not None:
+            values["loss_scale"] = result.loss_scale
+        values["peak_memory_gib"] = self.engine.max(peak_memory(self.engine.device))
         self.tracker.log_step(self.progress.step, self.total_steps, values)
 
     def _evaluate(self, epoch: int, train_loss: float | None) -> Score | None:
@@ -285,8 +168,9 @@ class _Training:
 
     def _export(self, epoch: int, score: Score | None) -> None:
         """Make model/ and the predictions those of `epoch`."""
-        weights = full_weights(self.engine.accelerator, self.engine.model)
-        model = self.engine.accelerator.unwrap_model(self.engine.model, keep_torch_compile=False)
+        strategy = self.engine.strategy
+        model = strategy.plain_model()
+        weights = full_weights(model, strategy.whole, self.engine.is_main)
 
         def write() -> None:
             assert weights is not None

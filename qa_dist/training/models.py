@@ -29,7 +29,7 @@ def build_model(config: RunConfig, task: Task, *, trained: bool = False) -> tupl
         _check_head(model_config, task, "model.config")
         _check_fit(model_config, task.tokenizer, config.data.max_length)
         try:
-            model = task.auto_model.from_config(model_config, dtype=torch.float32)
+            model = task.auto_model.from_config(model_config, dtype=torch.float32, **_attention(settings))
         except Exception as error:  # sizes that do not divide each other and the like
             raise UserError(f"model.config: no model can be built from it: {_first_line(error)}") from None
         _try_out(model, task.tokenizer, config.data.max_length)
@@ -44,6 +44,7 @@ def build_model(config: RunConfig, task: Task, *, trained: bool = False) -> tupl
             dtype=torch.float32,
             trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
+            **_attention(settings),
         )
     except Exception as error:  # a truncated file raises whatever its reader raises
         raise UserError(
@@ -57,6 +58,11 @@ def build_model(config: RunConfig, task: Task, *, trained: bool = False) -> tupl
         )
     _try_out(model, task.tokenizer, config.data.max_length)
     return model, [f"new weights: {listing(new)}"] if new else []
+
+
+def _attention(settings: ModelConfig) -> dict[str, str]:
+    """What is said of it to transformers. Packed attention replaces it later, on the device."""
+    return {"attn_implementation": settings.attention} if settings.attention in ("sdpa", "eager") else {}
 
 
 def _new_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:

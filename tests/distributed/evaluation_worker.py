@@ -34,7 +34,10 @@ class Numbers(FeatureSet):
     def summary(self) -> dict[str, str]:
         return {}
 
-    def collate(self, indices) -> Batch:
+    def names(self, indices) -> list[str]:
+        return [str(i) for i in indices]
+
+    def collate(self, indices, multiple: int = 8) -> Batch:
         width = int(self.lengths[indices].max())
         rows = [[int(i)] * int(self.lengths[i]) + [0] * (width - int(self.lengths[i])) for i in indices]
         return Batch({"x": torch.tensor(rows)}, {}, torch.from_numpy(np.asarray(indices, dtype=np.int64)))

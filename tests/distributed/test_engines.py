@@ -26,7 +26,17 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("engine", "processes"),
-    [("ddp", 2), ("ddp", 4), ("zero0", 2), ("zero1", 2), ("zero2", 1), ("zero2", 2), ("zero3", 2), ("zero3", 4)],
+    [
+        ("ddp", 2),
+        ("ddp", 4),
+        ("zero0", 2),
+        ("zero1", 2),
+        ("zero2", 1),
+        ("zero2", 2),
+        ("zero3", 2),
+        ("zero3", 4),
+        ("fsdp2", 2),
+    ],
 )
 def test_losses_follow_the_same_curve(engine: str, processes: int, alone: Path, launcher: Launcher, tmp_path: Path):
     launch = launcher.train(engine, processes, tmp_path / "run", *FLAGS)
@@ -36,7 +46,9 @@ def test_losses_follow_the_same_curve(engine: str, processes: int, alone: Path, 
     assert losses(tmp_path / "run") == pytest.approx(expected, rel=0, abs=1e-5)
     history = [json.loads((d / "metrics.json").read_text())["history"] for d in (alone, tmp_path / "run")]
     assert [row["loss"] for row in history[1]] == pytest.approx([row["loss"] for row in history[0]], abs=1e-5)
-    name = {"ddp": "DDP", "zero0": "ZeRO-0", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}[engine]
+    name = {"ddp": "DDP", "zero0": "ZeRO-0", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}[
+        engine
+    ]
     assert name in launch.output
 
 

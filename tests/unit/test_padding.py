@@ -1,6 +1,5 @@
 """Padding on either side changes neither the loss of a feature nor the answer found in it."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,10 +9,9 @@ from transformers import AutoConfig, AutoModelForQuestionAnswering
 
 from qa_dist.config import SyntheticConfig
 from qa_dist.tasks.question_answering import synthetic
-from qa_dist.tasks.question_answering.data import Examples
 from qa_dist.tasks.question_answering.decoding import candidates, decode
-from qa_dist.tasks.question_answering.features import QuestionAnsweringFeatures, build_features
 from qa_dist.tasks.question_answering.task import QuestionAnswering
+from tests.helpers import features_of
 from tests.tokenizers import FAMILIES, SCRIPTS
 
 EXAMPLES = synthetic.generate(SyntheticConfig(train_examples=12, long_share=0.5, seed=3), "train")
@@ -52,17 +50,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 """Model type -> family of its tokenizer, and settings of a tiny one."""
 
 
-def make_features(tokenizer: Any, padding_side: str) -> QuestionAnsweringFeatures:
-    table = build_features(EXAMPLES, tokenizer, max_length=120, stride=30).combine_chunks()
-    padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
-    loaded: Any = SimpleNamespace(data=table, column_names=table.column_names)
-    return QuestionAnsweringFeatures(loaded, "key", padding, lambda: Examples(EXAMPLES), padding_side)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_collate_pads_as_the_tokenizer(family: str):
     tokenizer = FAMILIES[family](TEXTS)
-    features = make_features(tokenizer, tokenizer.padding_side)
+    features = features_of(EXAMPLES, tokenizer, tokenizer.padding_side)
     indices = np.array([int(features.lengths.argmin()), 0, int(features.lengths.argmax())])
     batch = features.collate(indices)
     rows = [{name: tokens[int(i)].tolist() for name, tokens in features.tokens.items()} for i in indices]
@@ -75,7 +66,7 @@ def test_collate_pads_as_the_tokenizer(family: str):
 @pytest.mark.parametrize("family", ["bert", "xlnet"])
 def test_positions_follow_the_padding(family: str):
     tokenizer = FAMILIES[family](TEXTS)
-    left, right = make_features(tokenizer, "left"), make_features(tokenizer, "right")
+    left, right = features_of(EXAMPLES, tokenizer, "left"), features_of(EXAMPLES, tokenizer, "right")
     indices = np.arange(len(left))
     batches = left.collate(indices), right.collate(indices)
     shift = batches[0].inputs["input_ids"].shape[1] - left.lengths
@@ -94,7 +85,7 @@ def test_positions_follow_the_padding(family: str):
 @pytest.mark.parametrize("family", ["bert", "roberta", "xlnet"])
 def test_a_confident_model_is_read_back_from_batches(family: str, padding_side: str):
     """Through collate, candidates and decode, with batches of different widths."""
-    features = make_features(FAMILIES[family](TEXTS), padding_side)
+    features = features_of(EXAMPLES, FAMILIES[family](TEXTS), padding_side)
     outputs = []
     for indices in np.array_split(np.arange(len(features)), 5):
         batch = features.collate(indices)
@@ -127,7 +118,7 @@ def test_the_loss_of_a_feature_does_not_depend_on_its_batch(model_type: str):
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **settings)
     model = AutoModelForQuestionAnswering.from_config(config).eval()
-    features = make_features(tokenizer, tokenizer.padding_side)
+    features = features_of(EXAMPLES, tokenizer, tokenizer.padding_side)
     order = np.argsort(features.lengths)
     short, long = order[:2], order[-1]
     assert features.lengths[long] > features.lengths[short].max() + 8

@@ -258,8 +258,10 @@ class QuestionAnsweringFeatures(FeatureSet):
         padding: dict[str, int],
         examples: Callable[[], Examples],
         padding_side: str = "right",
+        max_length: int | None = None,
     ):
-        """`padding` has the value that fills up each list of the table's tokens, on `padding_side`."""
+        """`padding` has the value that fills up each list of the table's tokens, on `padding_side`. Nothing is
+        padded to more than `max_length`, for which alone the model is known to have positions."""
         columns = table.data
         self.fingerprint = fingerprint
         self._examples = examples
@@ -268,6 +270,7 @@ class QuestionAnsweringFeatures(FeatureSet):
         self.tokens = {name: Ragged.from_arrow(columns.column(name)) for name in padding if name in table.column_names}
         """`input_ids` and, where the model reads them, `token_type_ids`."""
         self.lengths = self.tokens["input_ids"].lengths
+        self._widest = max(max_length, int(self.lengths.max(initial=0))) if max_length else None
         self.char_starts = Ragged.from_arrow(columns.column("char_starts"))
         self.char_ends = Ragged.from_arrow(columns.column("char_ends"))
         self.example = columns.column("example").to_numpy()
@@ -299,10 +302,16 @@ class QuestionAnsweringFeatures(FeatureSet):
             "padding, were all as long": f"{1 - self.lengths.sum() / padded:.0%}",
         }
 
-    def collate(self, indices: npt.NDArray[np.integer]) -> Batch:
+    def names(self, indices: npt.NDArray[np.integer]) -> list[str]:
+        """The ids of the windows' examples."""
+        examples = self._examples().items
+        return [examples[i].id for i in self.example[indices].tolist()]
+
+    def collate(self, indices: npt.NDArray[np.integer], multiple: int = 8) -> Batch:
         """The windows at `indices`; the targets are positions in the padded rows."""
         lengths = self.lengths[indices]
-        width = -(-int(lengths.max()) // 8) * 8
+        width = -(-int(lengths.max()) // multiple) * multiple
+        width = width if self._widest is None else min(width, self._widest)
         begin = width - lengths if self._pad_left else np.zeros_like(lengths)
         inputs = {
             name: torch.from_numpy(rows.padded(indices, begin, width, self._padding[name]))

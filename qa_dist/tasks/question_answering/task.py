@@ -73,7 +73,7 @@ class QuestionAnswering(Task):
             "token_type_ids": self.tokenizer.pad_token_type_id,
         }
         side = self.tokenizer.padding_side
-        return features.QuestionAnsweringFeatures(table, key, padding, lambda: source.loaded, side)
+        return features.QuestionAnsweringFeatures(table, key, padding, lambda: source.loaded, side, settings.max_length)
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """Mean of the cross-entropies of the start and of the end position."""

@@ -1,0 +1,117 @@
+"""A run from beginning to end: the processes joined, everything loaded, and the run directory that tells the story."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from qa_dist.config import RunConfig
+from qa_dist.config_sources import to_yaml
+from qa_dist.errors import TrainingError
+from qa_dist.reporting.run_directory import RunDirectory
+from qa_dist.reporting.tracker import Tracker, summary_table
+from qa_dist.tasks import load_task
+from qa_dist.tasks.task import FeatureSet, Task
+from qa_dist.training.engine import Engine, is_lost_connection
+from qa_dist.training.evaluation import evaluate
+from qa_dist.training.health import FlopsPerWindow
+from qa_dist.training.launch_environment import LaunchEnvironment
+from qa_dist.training.loop import Training
+from qa_dist.training.micro_batch import micro_batch_size
+from qa_dist.training.models import build_model
+from qa_dist.training.preemption import StopRequest
+
+
+def train(config: RunConfig, launch: LaunchEnvironment) -> None:
+    """Train and evaluate as `config` says, and leave the results in the run directory.
+
+    Raises `UserError` for what the user can mend, and `StoppedError` after a signal.
+    """
+    with _session(config, launch) as (engine, run, stop):
+        parts = _load(config, engine, run, stop, ("train", "validation"))
+        size, notes = micro_batch_size(config.train, engine, parts.task, parts.model, parts.sets["train"])
+        for note in notes:
+            parts.tracker.say(note)
+        flops = FlopsPerWindow.of(parts.model)
+        engine.prepare(parts.model, config)
+        Training(config, engine, parts.task, run, parts.tracker, stop, parts.sets, size, flops).fit()
+
+
+def evaluate_only(config: RunConfig, launch: LaunchEnvironment) -> None:
+    """Evaluate a trained model, and leave metrics and predictions in the run directory. Raises as `train` does."""
+    with _session(config, launch) as (engine, run, stop):
+        parts = _load(config, engine, run, stop, ("validation",))
+        engine.prepare_for_evaluation(parts.model, config)
+        score = evaluate(engine, parts.task, parts.sets["validation"], config.evaluation.batch_size, stop)
+
+        def write() -> None:
+            run.write_json("metrics.json", score.metrics)
+            for name, content in score.files.items():
+                run.write_json(name, content)
+
+        engine.on_main(write)
+        parts.tracker.log_figures(score.metrics)
+        parts.tracker.say(f"done: {run.path}")
+
+
+@contextlib.contextmanager
+def _session(config: RunConfig, launch: LaunchEnvironment) -> Iterator[tuple[Engine, RunDirectory, StopRequest]]:
+    """The processes joined, signals listened to, and a run directory that will tell how the run ended."""
+    engine = Engine(launch, config.run.timeout_minutes)
+    run = RunDirectory(config.output_dir, engine.is_main)
+    stop = StopRequest()
+    with stop.listening():
+        engine.on_main(lambda: run.open(to_yaml(config), engine.description))
+        with run.recorded():
+            try:
+                yield engine, run, stop
+            except RuntimeError as error:
+                if is_lost_connection(error):
+                    raise TrainingError(
+                        "another process of this run is gone: killed, out of memory, or failed; see what it or its "
+                        f"node's log says ({str(error).splitlines()[0]})"
+                    ) from None
+                raise
+    engine.close()
+
+
+class _Parts(NamedTuple):
+    task: Task
+    sets: dict[str, FeatureSet]
+    model: torch.nn.Module
+    tracker: Tracker
+
+
+def _load(config: RunConfig, engine: Engine, run: RunDirectory, stop: StopRequest, splits: tuple[str, ...]) -> _Parts:
+    """The task, the features of `splits` and the model, the same on all ranks."""
+    task = engine.local_main_first(lambda: load_task(config))
+    sets: dict[str, FeatureSet] = {}
+    for split in splits:
+        stop.raise_if_any(engine)
+        features = engine.local_main_first(lambda split=split: task.features(split))
+        engine.require_same(features.fingerprint if features else "", f"the {split} features")
+        if features is not None:
+            sets[split] = features
+    model, notes = engine.local_main_first(lambda: build_model(config, task, trained="train" not in splits))
+    if config.model.attention == "varlen":
+        notes += engine.use_packed_attention(model)
+    stop.raise_if_any(engine)
+    tracker = Tracker(run, task.headline)
+    _introduce(tracker, engine, model, notes, sets)
+    return _Parts(task, sets, model, tracker)
+
+
+def _introduce(
+    tracker: Tracker, engine: Engine, model: torch.nn.Module, notes: list[str], sets: dict[str, FeatureSet]
+) -> None:
+    if not engine.is_main:
+        return
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    tracker.say(f"{engine.description}; {parameters / 1e6:.1f} M parameters")
+    for note in notes:
+        tracker.say(f"model: {note}")
+    tracker.console.print(summary_table(sets))
+    for split, features in sets.items():
+        for note in features.notes:
+            tracker.say(f"{split}: note: {note}")

@@ -1,0 +1,104 @@
+"""On a real engine: gradients that are not finite, and a search for a micro-batch that only one rank limits."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qa_dist.checkpoint.state import full_weights
+from qa_dist.config import RunConfig
+from qa_dist.errors import UserError
+from qa_dist.training.engine import Engine
+from qa_dist.training.launch_environment import LaunchEnvironment
+from qa_dist.training.micro_batch import halved_until
+from qa_dist.training.strategies import NonFiniteGradientError
+
+
+class Spoiled(torch.autograd.Function):
+    """The identity, whose gradient is infinite on request."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, spoiled: bool) -> torch.Tensor:
+        ctx.spoiled = spoiled
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0] * (float("inf") if ctx.spoiled else 1.0), None
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 1)])
+
+    def forward(self, x: torch.Tensor, spoiled: bool = False) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return Spoiled.apply(x, spoiled)  # pyright: ignore[reportReturnType]
+
+
+def weights(engine: Engine) -> dict[str, torch.Tensor]:
+    found = full_weights(engine.strategy.plain_model(), engine.strategy.whole, engine.is_main)
+    return engine.broadcast(found) or {}
+
+
+def step(engine: Engine, spoiled: bool) -> float:
+    engine.set_learning_rate(0.1)
+    x = torch.full((2, 4), 1.0 + engine.rank)
+    with engine.strategy.accumulating(last=True):
+        engine.strategy.backward(engine.model(x, spoiled=spoiled).sum())
+    return engine.strategy.update().grad_norm
+
+
+def spoiled_gradient(engine: Engine) -> dict[str, Any]:
+    """One good step, one whose gradient is infinite on rank 1 alone, and a good one."""
+    config = RunConfig()
+    engine.prepare(Model(), config)
+    norm = step(engine, spoiled=False)
+    before = weights(engine)
+    try:
+        step(engine, spoiled=engine.rank == engine.world_size - 1)
+        raised = False
+    except NonFiniteGradientError:
+        raised = True
+    after = weights(engine)
+    kept = all(torch.equal(before[name], after[name]) for name in before)
+    return {"norm": norm, "raised": raised, "kept": kept, "names": sorted(after)}
+
+
+def limited_micro_batch(engine: Engine) -> dict[str, Any]:
+    """Rank 1 has less room than the others; and then none at all."""
+    tried: list[int] = []
+
+    def fits(limit: int, size: int) -> bool:
+        tried.append(size)
+        return size <= limit
+
+    size = halved_until(12, lambda size: fits(3 if engine.rank == 1 else 100, size), engine)
+    try:
+        halved_until(2, lambda size: engine.rank != 1, engine)
+        message = ""
+    except UserError as error:
+        message = str(error)
+    return {"size": size, "tried": tried, "message": message}
+
+
+def main() -> None:
+    engine = Engine(LaunchEnvironment.read(), timeout_minutes=1)
+    result = {"spoiled": spoiled_gradient, "micro_batch": limited_micro_batch}[sys.argv[2]](engine)
+    results = engine.gather(result)
+    if engine.is_main:
+        Path(sys.argv[1]).write_text(json.dumps(results))
+    engine.close()
+    sys.stdout.flush()
+    os._exit(0)  # as qa_dist/__main__.py does, and says why
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""What every strategy has to do alike, on real processes."""
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.helpers import ROOT, Launcher
+
+
+def worker(launcher: Launcher, engine: str, processes: int, what: str) -> list[dict[str, Any]]:
+    result = launcher.directory / "result.json"
+    program = str(ROOT / "tests/distributed/strategy_worker.py")
+    launch = launcher.run(engine, processes, program, str(result), what)
+    assert launch.code == 0, launch.output
+    return json.loads(result.read_text())
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"])
+def test_an_infinite_gradient_changes_no_weight(engine: str, launcher: Launcher):
+    """One rank's gradient is infinite: all ranks hear of it, and the weights stay what they were."""
+    for result in worker(launcher, engine, 2, "spoiled"):
+        assert result["raised"]
+        assert result["kept"]
+        assert result["names"] == ["layers.0.bias", "layers.0.weight", "layers.1.bias", "layers.1.weight"]
+        assert result["norm"] == pytest.approx(worker_norm(), rel=1e-5)
+
+
+def worker_norm() -> float:
+    """The norm of the first step's gradient, averaged over two ranks, in one process."""
+    import torch
+
+    from tests.distributed.strategy_worker import Model
+
+    model = Model()
+    loss = (model(torch.full((2, 4), 1.0)).sum() + model(torch.full((2, 4), 2.0)).sum()) / 2
+    loss.backward()
+    return float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+
+
+def test_the_ranks_agree_on_the_micro_batch(launcher: Launcher):
+    results = worker(launcher, "ddp", 2, "micro_batch")
+    assert [result["size"] for result in results] == [3, 3]
+    assert [result["tried"] for result in results] == [[12, 6, 3], [12, 6, 3]]
+    assert all("does not hold one window" in result["message"] for result in results)
