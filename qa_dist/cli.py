@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "Score a trained model: --model DIR --data.validation_file FILE --run.output_dir DIR.",
     "score": "Score a file of predictions as the official script does: --predictions FILE --data.validation_file FILE.",
     "prepare": "Read the data, show what is in them, and fill the cache, so that training starts at once.",
+    "doctor": "Look at this machine and this launch: what is wrong, and with --model NAME what a model needs.",
     "config show": "Print the complete settings as YAML, without starting anything.",
     "config reference": "Print a table of all settings.",
 }
@@ -116,6 +117,10 @@ def _run(command: str, sources: list[Source]) -> int:
             return [Problem(("run.output_dir",), str(error))]
         return []
 
+    if command == "doctor":
+        from qa_dist import doctor
+
+        return doctor.examine(resolve(sources), launch)
     if command == "prepare":
         return _prepare(resolve(sources, [checks.paths, *checks.FOR_COMMAND["train"]]))
     if command == "evaluate" and (model := _model_name(sources)):

@@ -47,7 +47,7 @@ class Launcher:
         self.directory = directory
 
     def config(self, engine: str, processes: int, **more: Any) -> Path:
-        """`engine`: ddp, fsdp2, zero0, zero1, zero2 or zero3, all on CPU."""
+        """`engine`: ddp, fsdp2, zero0, zero1, zero2, zero3 or zero3_offload, all on CPU."""
         config: dict[str, Any] = {
             "compute_environment": "LOCAL_MACHINE",
             "mixed_precision": "no",
@@ -65,9 +65,9 @@ class Launcher:
         else:
             config["distributed_type"] = "DEEPSPEED"
             config["deepspeed_config"] = {
-                "zero_stage": int(engine[-1]),
-                "offload_optimizer_device": "none",
-                "offload_param_device": "none",
+                "zero_stage": int(engine[4]),
+                "offload_optimizer_device": "cpu" if engine.endswith("offload") else "none",
+                "offload_param_device": "cpu" if engine.endswith("offload") else "none",
                 "zero3_init_flag": False,
             }
         config |= more

@@ -84,26 +84,50 @@ def _shuffled(count: int, *seeds: int) -> Indices:
 
 
 def shard(
-    batch: Indices, lengths: npt.NDArray[np.integer], *, rank: int, world_size: int, micro_batch_size: int
+    batch: Indices,
+    lengths: npt.NDArray[np.integer],
+    *,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+    cost_of_micro_batch: int | None = None,
 ) -> list[MicroBatch]:
     """The part of a global batch that `rank` computes, as micro-batches of at most `micro_batch_size` features.
 
-    The features, longest first, are divided into as few accumulation steps as will do, so that those of one step
-    have similar lengths, and dealt out to the ranks to and fro (0 1 2 2 1 0 …), so that in every step all ranks
-    have about the same number of tokens. All ranks get the same number of micro-batches; a rank for which no
-    feature is left gets a filler of weight zero.
+    The features, longest first, are dealt out to the ranks to and fro (0 1 2 2 1 0 …), so that all have about the
+    same number of tokens, and cut into accumulation steps, so that those of one step have similar lengths. There are
+    as few steps as will do; or, with `cost_of_micro_batch`, as many as make padding and steps cheapest together,
+    where a step costs as much as that many tokens. All ranks get the same number of micro-batches; a rank for which
+    no feature is left gets a filler of weight zero.
     """
     batch = batch[np.argsort(-lengths[batch], kind="stable")]
-    steps = -(-len(batch) // (world_size * micro_batch_size))
+    laps = -(-len(batch) // world_size)  # features of the rank that gets most
+    fewest = -(-laps // micro_batch_size)
+    steps = fewest
+    if cost_of_micro_batch is not None:
+        widest = lengths[batch[::world_size]]  # of each lap
+
+        def cost(steps: int) -> float:
+            cuts = _even_cuts(laps, steps)
+            return float((widest[cuts[:-1]] * np.diff(cuts)).sum() + cost_of_micro_batch * steps)
+
+        steps = min(range(fewest, laps + 1), key=cost)
+    position = np.arange(len(batch))
+    lap, place = position // world_size, position % world_size
+    owner = np.where(lap % 2 == 0, place, world_size - 1 - place)
     result = []
-    for step in np.array_split(batch, steps):
-        position = np.arange(len(step))
-        lap, place = position // world_size, position % world_size
-        owner = np.where(lap % 2 == 0, place, world_size - 1 - place)
-        own = step[owner == rank]
+    cuts = _even_cuts(laps, steps)
+    for begin, end in zip(cuts[:-1] * world_size, cuts[1:] * world_size, strict=True):
+        step = batch[begin:end]
+        own = step[owner[begin:end] == rank]
         # the shortest feature is the cheapest filler
         result.append(MicroBatch(own, 1.0) if len(own) else MicroBatch(step[-1:], 0.0))
     return result
+
+
+def _even_cuts(count: int, parts: int) -> npt.NDArray[np.int64]:
+    """Borders of `parts` parts of a range, sizes differing by one at most, [parts + 1]."""
+    return np.arange(parts + 1) * count // parts
 
 
 def evaluation_batches(lengths: npt.NDArray[np.integer], batch_size: int) -> list[Indices]:

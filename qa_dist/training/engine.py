@@ -163,6 +163,14 @@ class Engine:
         return batch.pinned() if self.device.type == "cuda" else batch
 
     @property
+    def cost_of_micro_batch(self) -> int | None:
+        """What one micro-batch more costs, in tokens of computation; None where it is not worth thinking of. On a CPU
+        small ones are nearly as efficient as large ones, on a GPU they leave it idle."""
+        if self.device.type != "cpu":
+            return None
+        return 128 if self.strategy.exchanges_every_micro_batch else 64
+
+    @property
     def is_half(self) -> bool:
         """Whether gradients are float16, so that an overflow is a matter of the loss scale."""
         return self.accelerator.mixed_precision == "fp16"
@@ -178,6 +186,11 @@ class Engine:
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def max(self, value: float) -> float:
         """The largest `value` of all ranks."""

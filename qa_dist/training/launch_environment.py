@@ -16,22 +16,33 @@ class LaunchEnvironment:
     rank: int
     local_rank: int
     world_size: int
+    local_world_size: int
+    """Processes on this node."""
     use_deepspeed: bool
     use_fsdp: bool
+    offloads: bool
+    """Whether DeepSpeed keeps weights or optimizer states in host memory."""
     mixed_precision: str
     """no, fp16 or bf16."""
     is_split: bool
     """Whether more processes were asked for than this one, which has not been told of any."""
+    cpu_asked_for: bool
+    """Whether the launch config said so, where it is known to."""
     on_cpu: bool
     """Whether the run is to use the CPU: because it was asked for, or because there is nothing else."""
 
     @classmethod
     def read(cls) -> "LaunchEnvironment":
         get = os.environ.get
+        cpu_asked_for = get("ACCELERATE_USE_CPU", "").lower() in ("true", "1") or get("DS_ACCELERATOR") == "cpu"
+        offloads = (get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none") for what in ("OPTIMIZER", "PARAM"))
         return cls(
             rank=int(get("RANK", "0")),
             local_rank=int(get("LOCAL_RANK", "0")),
             world_size=int(get("WORLD_SIZE", "1")),
+            local_world_size=int(get("LOCAL_WORLD_SIZE", get("WORLD_SIZE", "1"))),
+            offloads=any(device not in ("none", "None", "") for device in offloads),
+            cpu_asked_for=cpu_asked_for,
             use_deepspeed=get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true",
             use_fsdp=get("ACCELERATE_USE_FSDP", "false").lower() == "true",
             # Accelerate's launcher for a single process sets the master's address only if more were asked for.
@@ -39,12 +50,12 @@ class LaunchEnvironment:
             and "MASTER_ADDR" in os.environ
             and "WORLD_SIZE" not in os.environ,
             mixed_precision=get("ACCELERATE_MIXED_PRECISION", "no").lower(),
-            on_cpu=get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1") or not torch.accelerator.is_available(),
+            on_cpu=cpu_asked_for or not torch.accelerator.is_available(),
         )
 
     def announce(self) -> None:
         """Tell DeepSpeed about the device. It reads this when it is first imported, by whichever library."""
-        if self.on_cpu and self.use_deepspeed:
+        if self.on_cpu:
             os.environ["DS_ACCELERATOR"] = "cpu"
 
     @property
@@ -61,6 +72,23 @@ class LaunchEnvironment:
                     "more processes were asked for, but this one was started alone, as Accelerate does for MULTI_CPU "
                     "and for --cpu. On a CPU use distributed_type MULTI_GPU with use_cpu, or DEEPSPEED (see "
                     "configs/accelerate)",
+                )
+            )
+        devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+        # For DeepSpeed, Accelerate's launcher does not say that the CPU was asked for.
+        may_be_meant = self.cpu_asked_for or (self.use_deepspeed and devices == 0)
+        if self.local_world_size > max(devices, 1) and not may_be_meant:
+            there = {0: "there is none", 1: "there is one"}.get(devices, f"there are {devices}")
+            remedy = (
+                f"set num_processes to {devices}"
+                if devices
+                else "use configs/accelerate/cpu_zero2.yaml or cpu_ddp.yaml"
+            )
+            problems.append(
+                Problem(
+                    (),
+                    f"num_processes: the launch config asks for {self.local_world_size} GPUs on this machine, but "
+                    f"{there}; {remedy}",
                 )
             )
         if self.mixed_precision == "fp16" and self.on_cpu:

@@ -34,7 +34,7 @@ def build_model(config: RunConfig, task: Task, *, trained: bool = False) -> tupl
             raise UserError(f"model.config: no model can be built from it: {_first_line(error)}") from None
         _try_out(model, task.tokenizer, config.data.max_length)
         return model, []
-    model_config = _pretrained_config(settings)
+    model_config = pretrained_config(settings)
     _check_head(model_config, task, settings.name)
     _check_fit(model_config, task.tokenizer, config.data.max_length)
     try:
@@ -85,7 +85,8 @@ def _new_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> P
         raise UserError(f"model.config: is not a valid {model_type!r} config: {_first_line(error)}") from None
 
 
-def _pretrained_config(settings: ModelConfig) -> PretrainedConfig:
+def pretrained_config(settings: ModelConfig) -> PretrainedConfig:
+    """The config of the model that `settings` name. Raises `UserError` where there is none."""
     name = settings.name
     assert name is not None
     if looks_like_path(name):

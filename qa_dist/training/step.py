@@ -76,6 +76,7 @@ class Step:
             rank=engine.rank,
             world_size=engine.world_size,
             micro_batch_size=self.micro_batch_size,
+            cost_of_micro_batch=engine.cost_of_micro_batch,
         )
         return [Collated(part, engine.staged(self.features.collate(part.indices, self.multiple))) for part in parts]
 
@@ -117,9 +118,9 @@ class Step:
             if part.weight:
                 bad.extend(part.indices[~loss.isfinite().cpu().numpy()].tolist())
         found = self.engine.gather((self.engine.rank, self.features.names(np.array(bad, dtype=np.int64))))
-        places = [f"rank {rank}: {listing(list(dict.fromkeys(names)))}" for rank, names in found if names]
-        who = "; examples " + ", ".join(places) if places else "; no single example's loss shows why"
+        places = [f"on rank {rank} for {listing(list(dict.fromkeys(names)))}" for rank, names in found if names]
+        who = ", " + ", ".join(places) if places else ", though all losses are numbers"
         return NonFiniteError(
             f"{what} at step {number + 1}{who}. The weights are kept as they were before this step. Lower "
-            "train.learning_rate, lengthen train.warmup_ratio, or look at these examples"
+            "train.learning_rate, raise train.warmup_ratio, or look at these examples"
         )

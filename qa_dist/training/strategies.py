@@ -48,8 +48,8 @@ class Strategy(ABC):
     """For people."""
     casts_weights = False
     """Whether the forward pass sees weights of low precision, rather than float32 ones under autocast."""
-    shards_weights = False
-    """Whether no process holds all weights."""
+    exchanges_every_micro_batch = False
+    """Whether gradients or weights travel with each micro-batch, not only with a global batch's last."""
 
     model: nn.Module
     """The wrapped model: call it as the plain one."""
@@ -141,7 +141,7 @@ class DeepSpeed(Strategy):
         self.stage = int(plugin.zero_stage)
         self.name = f"DeepSpeed ZeRO-{self.stage}"
         self.casts_weights = accelerator.mixed_precision in ("bf16", "fp16")
-        self.shards_weights = self.stage == 3
+        self.exchanges_every_micro_batch = self.stage >= 2
 
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         # The batches are ours: DeepSpeed only multiplies these numbers. Accumulation is controlled by the boundary
@@ -217,7 +217,7 @@ class FullyShardedDataParallel(Strategy):
     """
 
     name = "FSDP2"
-    shards_weights = True
+    exchanges_every_micro_batch = True
 
     def __init__(self, accelerator: Accelerator):
         super().__init__(accelerator)

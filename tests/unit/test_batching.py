@@ -27,14 +27,21 @@ def test_every_feature_is_in_exactly_one_batch(plan):
     assert all(len(batch) == size for batch in batches[:-1])
 
 
-@given(plans, st.integers(1, 9), st.integers(1, 8))
+@given(plans, st.integers(1, 9), st.integers(1, 8), st.sampled_from([None, 0, 40]))
 @settings(max_examples=80, deadline=None)
-def test_shards_divide_a_batch(plan, world_size: int, micro_batch_size: int):
+def test_shards_divide_a_batch(plan, world_size: int, micro_batch_size: int, cost: int | None):
     count, size, seed, grouped = plan
     lengths = squad_like(count)
     for batch in plan_epoch(lengths, seed=seed, epoch=1, global_batch_size=size, group_by_length=grouped):
         ranks = [
-            shard(batch, lengths, rank=r, world_size=world_size, micro_batch_size=micro_batch_size)
+            shard(
+                batch,
+                lengths,
+                rank=r,
+                world_size=world_size,
+                micro_batch_size=micro_batch_size,
+                cost_of_micro_batch=cost,
+            )
             for r in range(world_size)
         ]
         assert len({len(micro_batches) for micro_batches in ranks}) == 1  # or collectives would hang
@@ -101,6 +108,27 @@ def test_ranks_have_about_the_same_number_of_tokens(world_size: int):
         ]
         ratios.append(max(tokens) / np.mean(tokens))
     assert np.mean(ratios) <= 1.05
+
+
+def test_cutting_where_it_saves_padding():
+    """Random batches on a device that does not mind small ones: nearly nothing is padded, at a known cost."""
+    lengths = squad_like(2000)
+    batches = plan_epoch(lengths, seed=0, epoch=1, global_batch_size=16, group_by_length=False)
+
+    def padded(cost: int | None) -> tuple[int, int]:
+        parts = [
+            part
+            for batch in batches
+            for rank in range(2)
+            for part in shard(batch, lengths, rank=rank, world_size=2, micro_batch_size=16, cost_of_micro_batch=cost)
+        ]
+        return sum(len(part.indices) * int(lengths[part.indices].max()) for part in parts), len(parts)
+
+    (whole, few), (cut, some), (none, many) = padded(None), padded(64), padded(0)
+    assert few < some < many
+    assert cut < 0.75 * whole
+    assert none == pytest.approx(lengths.sum(), rel=0.001)
+    assert cut + 64 * some < min(whole + 64 * few, none + 64 * many)
 
 
 @given(st.integers(1, 300), st.integers(1, 40))

@@ -1,0 +1,230 @@
+"""What this machine and this launch are, what is wrong with them, and what a model would need."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from qa_dist.config import RunConfig
+from qa_dist.errors import UserError
+from qa_dist.training.engine import Engine
+from qa_dist.training.health import peak_flops
+from qa_dist.training.launch_environment import LaunchEnvironment
+from qa_dist.training.micro_batch import HEADROOM
+
+PACKAGES = ("qa_dist", "torch", "accelerate", "deepspeed", "transformers", "datasets", "huggingface_hub", "evaluate")
+LITTLE_DISK = 2 * 2**30
+ALL_REDUCE_BYTES = 64 * 2**20
+
+
+def examine(config: RunConfig, launch: LaunchEnvironment) -> int:
+    """Print the findings on the main process. Returns the exit code: 2 where something has to be mended.
+
+    Raises `UserError` for a model that cannot be found.
+    """
+    problems = [problem.message for problem in launch.problems(config)]
+    facts: list[tuple[str, str]] = [*_machine(), *_disks(config, problems), ("Hub", _hub())]
+    engine = None
+    if not problems:
+        engine = Engine(launch, config.run.timeout_minutes)
+        facts = [("engine", engine.description), *facts, ("all-reduce", _all_reduce(engine))]
+    facts.append(("DeepSpeed ops", _deepspeed_ops(launch, problems)))
+    memory = _memory(config, launch) if config.model.name else None
+    if launch.is_main:
+        _print(facts, problems, memory)
+    if engine is not None:
+        engine.close()
+    return 2 if problems else 0
+
+
+def _print(facts: list[tuple[str, str]], problems: list[str], memory: "Table | None") -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    width = max(len(name) for name, _ in facts)
+    for name, value in facts:
+        console.print(f"{name:<{width}}  {value}", markup=False)
+    if memory is not None:
+        console.print(memory)
+    for problem in problems:
+        console.print(f"problem: {problem}", markup=False)
+    console.print("nothing is wrong" if not problems else f"{len(problems)} to mend", markup=False)
+
+
+# ------------------------------------------------------------------------------------------------ the machine
+
+
+def _machine() -> Iterator[tuple[str, str]]:
+    yield "machine", f"{platform.node()}, {os.cpu_count()} cores, {_host_memory() / 2**30:.0f} GiB, {platform.system()}"
+    yield "Python", f"{platform.python_version()} ({sys.executable})"
+    yield "packages", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    if not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built for the CPU"
+        yield "GPUs", f"none ({built})"
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        free, total = (amount / 2**30 for amount in torch.cuda.mem_get_info(i))
+        bf16 = "bf16" if properties.major >= 8 else "no bf16: use fp16"
+        known = "" if peak_flops(torch.device("cuda", i), "bf16") else ", peak FLOP/s not known"
+        yield f"GPU {i}", f"{properties.name}, {free:.0f} of {total:.0f} GiB free, {bf16}{known}"
+    threads = os.environ.get("OMP_NUM_THREADS")
+    yield "threads", f"OMP_NUM_THREADS {threads or 'not set'}, {torch.get_num_threads()} for torch"
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _disks(config: RunConfig, problems: list[str]) -> Iterator[tuple[str, str]]:
+    from datasets.config import HF_DATASETS_CACHE
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    places = {
+        "run.output_dir": config.output_dir,
+        "data.cache_dir": config.data.cache_dir or Path(HF_DATASETS_CACHE),
+        "Hub cache": Path(HF_HUB_CACHE),
+    }
+    for name, path in places.items():
+        existing = next(part for part in (path.absolute(), *path.absolute().parents) if part.exists())
+        free = shutil.disk_usage(existing).free
+        yield name, f"{path}, {free / 2**30:.1f} GiB free"
+        if not os.access(existing, os.W_OK):
+            problems.append(f"{name}: {existing} cannot be written; name another directory")
+        elif free < LITTLE_DISK:
+            problems.append(f"{name}: {free / 2**30:.1f} GiB free on the disk of {existing}; free some, or use another")
+
+
+def _hub() -> str:
+    import huggingface_hub
+    from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
+
+    token = "a token is set" if huggingface_hub.get_token() else "no token (HF_TOKEN, or `hf auth login`)"
+    return f"{ENDPOINT}, {'offline, ' if HF_HUB_OFFLINE else ''}{token}"
+
+
+def _all_reduce(engine: Engine) -> str:
+    """The median time of a sum over all ranks, and the bandwidth of the ring algorithm that it amounts to."""
+    if engine.world_size == 1:
+        return "not timed: one process"
+    values = torch.ones(ALL_REDUCE_BYTES // 4, device=engine.device)
+    seconds = []
+    for _ in range(6):
+        engine.synchronize()
+        started = time.perf_counter()
+        engine.sum(values)
+        engine.synchronize()
+        seconds.append(time.perf_counter() - started)
+    median = statistics.median(seconds[1:])  # the first one sets up connections
+    moved = ALL_REDUCE_BYTES * 2 * (engine.world_size - 1) / engine.world_size
+    return f"{ALL_REDUCE_BYTES >> 20} MiB in {median * 1e3:.1f} ms ({moved / median / 1e9:.2f} GB/s per rank)"
+
+
+def _deepspeed_ops(launch: LaunchEnvironment, problems: list[str]) -> str:
+    tools = {name: shutil.which(name) is not None for name in ("g++", "ninja")}
+    missing = [name for name, found in tools.items() if not found]
+    if not missing:
+        return "can be compiled here (g++, ninja)"
+    text = f"cannot be compiled: no {' and no '.join(missing)}"
+    if launch.use_deepspeed and launch.offloads:
+        problems.append(
+            f"DeepSpeed's offloading compiles an optimizer, and this machine has no {', no '.join(missing)}"
+        )
+    return text
+
+
+# --------------------------------------------------------------------------------------------------- a model
+
+
+@dataclass(frozen=True)
+class Need:
+    """What an engine keeps on one device."""
+
+    engine: str
+    states: float
+    """Bytes of weights, gradients and optimizer states."""
+
+
+def needs(parameters: int, largest_layer: int, processes: int, nodes: int) -> list[Need]:
+    """The engines, fastest first, with DeepSpeed's own estimates for its stages 2 and 3; DDP keeps 16 bytes per
+    weight and its buckets 4, ZeRO-1 the 16-bit weights and gradients and its part of the rest (Rajbhandari et al.
+    2020, section 3.1)."""
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as zero_3
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as zero_2
+
+    each = max(processes // nodes, 1)
+    buckets = 4 if processes > 1 else 0
+    return [
+        Need("ddp", (16 + buckets) * parameters),
+        Need("zero1", (2 + 4 + 12 / processes) * parameters),
+        Need("zero2", zero_2(parameters, each, nodes, cpu_offload=False)[1]),
+        Need("zero3", zero_3(parameters, largest_layer, each, nodes, cpu_offload=False, cpu_offload_params=False)[1]),
+        Need(
+            "zero3_offload",
+            zero_3(parameters, largest_layer, each, nodes, cpu_offload=True, cpu_offload_params=True)[1],
+        ),
+    ]
+
+
+def activations_per_window(layers: int, hidden: int, length: int, bytes_per_value: int) -> float:
+    """Bytes that the backward pass needs of one window: 34 x length x hidden for each layer in 16 bits, as Korthikanti
+    et al. 2022 (section 4.1) count, without the attention scores, which fused attention does not keep."""
+    return 34 * length * hidden * layers * bytes_per_value / 2
+
+
+def _memory(config: RunConfig, launch: LaunchEnvironment) -> "Table":
+    model = _empty_model(config)
+    shape: Any = model.config
+    parameters = sum(p.numel() for p in model.parameters())
+    largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
+    on_gpu = torch.cuda.is_available()
+    devices = torch.cuda.device_count() if on_gpu and launch.world_size == 1 else launch.world_size
+    total = torch.cuda.get_device_properties(0).total_memory if on_gpu else _host_memory() / max(devices, 1)
+    value = 4 if launch.mixed_precision == "no" else 2
+    window = activations_per_window(shape.num_hidden_layers, shape.hidden_size, config.data.max_length, value)
+    title = (
+        f"{config.model.name}: {parameters / 1e6:.1f} M parameters on {devices} x "
+        f"{total / 2**30:.0f} GiB; windows of {config.data.max_length} tokens take {window / 2**20:.0f} MiB each"
+    )
+    table = Table("engine", "weights, gradients, optimizer", "windows that fit beside it", title=title)
+    best = None
+    nodes = max(launch.world_size // max(launch.local_world_size, 1), 1)
+    for need in needs(parameters, largest, devices, nodes):
+        room = HEADROOM * total - need.states
+        fit = max(int(room // window), 0)
+        if best is None and fit >= 1:
+            best = need.engine, fit
+        table.add_row(need.engine, f"{need.states / 2**30:.2f} GiB", f"{fit:,}")
+    if best is None:
+        table.caption = "no engine fits: use more or larger GPUs, shorter windows, or a smaller model"
+    else:
+        micro = 2 ** min(best[1].bit_length() - 1, 7)
+        name = best[0] if on_gpu else "cpu_ddp" if best[0] == "ddp" else "cpu_zero2"
+        size = f"--train.micro_batch_size {micro} or less"
+        table.caption = f"recommended: configs/accelerate/{name}.yaml, {size}; these are estimates"
+    return table
+
+
+def _empty_model(config: RunConfig) -> nn.Module:
+    """The model without memory for its weights."""
+    from transformers import AutoModelForQuestionAnswering
+
+    from qa_dist.training.models import pretrained_config
+
+    model_config = pretrained_config(config.model)
+    try:
+        with torch.device("meta"):
+            return AutoModelForQuestionAnswering.from_config(model_config)
+    except ValueError as error:
+        raise UserError(
+            f"model.name: no question-answering model can be built from it: {str(error).splitlines()[0]}"
+        ) from None
