@@ -47,6 +47,12 @@ SUPPORTED = {
 }
 
 
+COMPILED_MULTIPLE = 64
+"""Lengths are padded to multiples of this where the model is compiled for each shape: six shapes up to 384 tokens."""
+COMPILED_SHAPES = 64
+"""Most shapes that a model is compiled for; beyond them PyTorch would go on uncompiled, without a word."""
+
+
 class Engine:
     """One process's part in a run.
 
@@ -59,6 +65,8 @@ class Engine:
     """The wrapped model; `forward` calls it."""
     first_position: int | None = None
     """Of the model, where its windows are laid end to end without padding."""
+    multiple = 8
+    """Lengths of batches are padded to multiples of this: tensor cores work in tiles of 8."""
 
     def __init__(self, launch: LaunchEnvironment, timeout_minutes: int):
         """Join the process group. Raises `UserError` when fewer processes found each other than were started, or
@@ -124,8 +132,10 @@ class Engine:
         if settings.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         if settings.compile:
-            # In place, so that names of weights stay. Lengths are multiples of a bucket; only counts of windows vary.
-            model.compile(dynamic=False)
+            self.multiple = COMPILED_MULTIPLE
+            # once for each length, in training and in evaluation, and for the short last batches
+            torch._dynamo.config.recompile_limit = COMPILED_SHAPES  # pyright: ignore[reportAttributeAccessIssue]
+            model.compile(dynamic=False)  # in place, so that names of weights stay
 
         def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
             return torch.optim.AdamW(
@@ -166,7 +176,7 @@ class Engine:
     def cost_of_micro_batch(self) -> int | None:
         """What one micro-batch more costs, in tokens of computation; None where it is not worth thinking of. On a CPU
         small ones are nearly as efficient as large ones, on a GPU they leave it idle."""
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" or self.multiple == COMPILED_MULTIPLE:
             return None
         return 128 if self.strategy.exchanges_every_micro_batch else 64
 

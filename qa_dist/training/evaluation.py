@@ -52,7 +52,7 @@ def collect(engine: Engine, task: Task, features: FeatureSet, batch_size: int, s
         # sharded model is gathered for each forward pass: the surplus ranks start again from the first batch.
         stop.raise_if_any(engine)
         real = min(engine.world_size, len(batches) - first)
-        on_host = engine.staged(features.collate(batches[(first + engine.rank) % len(batches)]))
+        on_host = engine.staged(features.collate(batches[(first + engine.rank) % len(batches)], engine.multiple))
         with torch.no_grad():
             output, batch = engine.forward(on_host)
             rows = {**task.outputs(output, batch), "loss": task.loss(output, batch)}

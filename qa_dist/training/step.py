@@ -16,9 +16,6 @@ from qa_dist.training.engine import Engine, seed_step
 from qa_dist.training.preemption import StopRequest
 from qa_dist.training.strategies import NonFiniteGradientError
 
-COMPILED_MULTIPLE = 64
-"""Lengths are padded to multiples of this where the model is compiled for each shape: six shapes up to 384 tokens."""
-
 
 class NonFiniteError(TrainingError):
     """A loss or a gradient is not a number. The weights are those before the step."""
@@ -65,7 +62,6 @@ class Step:
         self.features = features
         self.micro_batch_size = micro_batch_size
         self.stop = stop
-        self.multiple = COMPILED_MULTIPLE if settings.compile else 8
 
     def collate(self, batch: Indices) -> list[Collated]:
         """This rank's share of the global batch. Touches nothing but the features, so that a thread may call it."""
@@ -78,7 +74,7 @@ class Step:
             micro_batch_size=self.micro_batch_size,
             cost_of_micro_batch=engine.cost_of_micro_batch,
         )
-        return [Collated(part, engine.staged(self.features.collate(part.indices, self.multiple))) for part in parts]
+        return [Collated(part, engine.staged(self.features.collate(part.indices, engine.multiple))) for part in parts]
 
     def run(self, number: int, rate: float, batch: Indices, collated: list[Collated]) -> StepResult:
         """Optimizer step `number` (from 0) at learning rate `rate`.
