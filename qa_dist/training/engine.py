@@ -292,7 +292,7 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
     if not getattr(model, "supports_gradient_checkpointing", False):
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise UserError(f"train.gradient_checkpointing: models of type {kind!r} cannot; leave it off")
-    enable: Any = model.gradient_checkpointing_enable
+    enable: Any = model.activation_checkpointing_enable
     enable({"use_reentrant": False})
 
 

@@ -1,7 +1,9 @@
 """What Accelerate's launcher has put into the environment, read before any process group exists."""
 
+import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -91,6 +93,12 @@ class LaunchEnvironment:
                     f"{there}; {remedy}",
                 )
             )
+        if self.mixed_precision not in ("no", "fp16", "bf16"):
+            message = (
+                f"mixed_precision: {self.mixed_precision} (from the launch config) is not supported; set it to bf16"
+            )
+            problems.append(Problem((), message))
+        problems += _deepspeed_file_problems(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
         if self.mixed_precision == "fp16" and self.on_cpu:
             problems.append(
                 Problem(
@@ -123,3 +131,29 @@ class LaunchEnvironment:
             f"{self.world_size} processes; raise it, or start fewer processes"
         )
         return [*problems, Problem(("train.global_batch_size",), message)]
+
+
+OURS = {
+    "train_batch_size": "train.global_batch_size says it",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size says it",
+    "gradient_accumulation_steps": "it follows from train.global_batch_size and train.micro_batch_size",
+    "gradient_clipping": "train.max_grad_norm says it",
+    "optimizer": "the settings under train say it",
+    "scheduler": "the settings under train say it",
+}
+"""What a DeepSpeed config file may say, but a run's settings decide: the same under every engine."""
+
+
+def _deepspeed_file_problems(path: str | None) -> list[Problem]:
+    """What does not belong into the DeepSpeed config file that the launch config names."""
+    if not path or path.lower() == "none":
+        return []
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return [Problem((), f"deepspeed_config_file: {path} (from the launch config) cannot be read: {error}")]
+    found = [key for key in OURS if isinstance(content, dict) and content.get(key, "auto") != "auto"]
+    return [
+        Problem((), f'{key}: {content[key]!r} (in {path}) would be ignored: {OURS[key]}; take it out, or write "auto"')
+        for key in found
+    ]

@@ -170,7 +170,7 @@ class Training:
         """Make model/ and the predictions those of `epoch`."""
         strategy = self.engine.strategy
         model = strategy.plain_model()
-        weights = full_weights(model, strategy.whole, self.engine.is_main)
+        weights = full_weights(strategy, self.engine.is_main)
 
         def write() -> None:
             assert weights is not None

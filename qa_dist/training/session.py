@@ -66,6 +66,12 @@ def _session(config: RunConfig, launch: LaunchEnvironment) -> Iterator[tuple[Eng
         with run.recorded():
             try:
                 yield engine, run, stop
+            except torch.OutOfMemoryError as error:
+                raise TrainingError(
+                    f"the memory of the GPU does not suffice: {str(error).split('. ')[0]}. Set train.micro_batch_size "
+                    "to auto or lower it, set train.gradient_checkpointing, or divide the model (such as with "
+                    "configs/accelerate/zero2.yaml)"
+                ) from None
             except RuntimeError as error:
                 if is_lost_connection(error):
                     raise TrainingError(

@@ -105,6 +105,8 @@ class Step:
             update = strategy.update()
         except NonFiniteGradientError:
             raise self._non_finite(number, "the gradient holds an infinity or no number", collated, losses) from None
+        if not math.isfinite(mean) and not update.skipped:
+            raise self._non_finite(number, f"the loss is {mean}", collated, losses)
         return StepResult(mean, update.grad_norm, update.skipped, update.loss_scale, int(padded), stops > 0)
 
     def _non_finite(self, number: int, what: str, collated: list[Collated], losses: list[Tensor]) -> NonFiniteError:

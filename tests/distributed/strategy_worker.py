@@ -4,18 +4,25 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from qa_dist.checkpoint.state import full_weights
 from qa_dist.config import RunConfig
 from qa_dist.errors import UserError
+from qa_dist.training.batching import plan_epoch
 from qa_dist.training.engine import Engine
+from qa_dist.training.evaluation import collect
 from qa_dist.training.launch_environment import LaunchEnvironment
 from qa_dist.training.micro_batch import halved_until
+from qa_dist.training.preemption import StopRequest
+from qa_dist.training.step import Step
 from qa_dist.training.strategies import NonFiniteGradientError
+from tests.distributed.evaluation_worker import Numbers, SumTask
 
 
 class Spoiled(torch.autograd.Function):
@@ -44,7 +51,7 @@ class Model(nn.Module):
 
 
 def weights(engine: Engine) -> dict[str, torch.Tensor]:
-    found = full_weights(engine.strategy.plain_model(), engine.strategy.whole, engine.is_main)
+    found = full_weights(engine.strategy, engine.is_main)
     return engine.broadcast(found) or {}
 
 
@@ -89,9 +96,45 @@ def limited_micro_batch(engine: Engine) -> dict[str, Any]:
     return {"size": size, "tried": tried, "message": message}
 
 
+class Scaled(nn.Module):
+    """A weight times the sum of each feature's numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(1, 1, bias=False)])
+
+    def forward(self, x: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sum=self.layers[0](x.sum(dim=1, keepdim=True).float())[:, 0])
+
+
+def sweep(engine: Engine) -> dict[str, Any]:
+    """Train and evaluate for every size of the data, of batches and of micro-batches: nobody may wait for ever."""
+    config = RunConfig.model_validate({"train": {"learning_rate": 1e-9}})
+    model = Scaled()
+    nn.init.ones_(model.layers[0].weight)  # pyright: ignore[reportArgumentType]
+    engine.prepare(model, config)
+    task: Any = SumTask()
+    steps = evaluations = 0
+    for count in range(1, 2 * engine.world_size + 4):
+        features = Numbers(count)
+        for batch_size in (1, engine.world_size, 2 * engine.world_size + 1):
+            for micro in (1, 3):
+                step = Step(config.train, engine, task, features, micro, StopRequest())
+                losses = 0.0
+                plan = plan_epoch(features.lengths, seed=0, epoch=count, global_batch_size=batch_size)
+                for number, batch in enumerate(plan):
+                    losses += step.run(number, 1e-9, batch, step.collate(batch)).loss * len(batch)
+                    steps += 1
+                expected = (np.arange(count) * features.lengths).sum() / 2
+                assert abs(losses - expected) < 1e-3 * max(expected, 1), (count, batch_size, micro, losses, expected)
+            collect(engine, task, features, batch_size, StopRequest())
+            evaluations += 1
+    return {"steps": steps, "evaluations": evaluations}
+
+
 def main() -> None:
     engine = Engine(LaunchEnvironment.read(), timeout_minutes=1)
-    result = {"spoiled": spoiled_gradient, "micro_batch": limited_micro_batch}[sys.argv[2]](engine)
+    result = {"spoiled": spoiled_gradient, "micro_batch": limited_micro_batch, "sweep": sweep}[sys.argv[2]](engine)
     results = engine.gather(result)
     if engine.is_main:
         Path(sys.argv[1]).write_text(json.dumps(results))

@@ -5,13 +5,12 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import ROOT, Launcher
+from tests.helpers import Launcher
 
 
 def worker(launcher: Launcher, engine: str, processes: int, what: str) -> list[dict[str, Any]]:
     result = launcher.directory / "result.json"
-    program = str(ROOT / "tests/distributed/strategy_worker.py")
-    launch = launcher.run(engine, processes, program, str(result), what)
+    launch = launcher.run(engine, processes, "-m", "tests.distributed.strategy_worker", str(result), what)
     assert launch.code == 0, launch.output
     return json.loads(result.read_text())
 
@@ -43,3 +42,10 @@ def test_the_ranks_agree_on_the_micro_batch(launcher: Launcher):
     assert [result["size"] for result in results] == [3, 3]
     assert [result["tried"] for result in results] == [[12, 6, 3], [12, 6, 3]]
     assert all("does not hold one window" in result["message"] for result in results)
+
+
+@pytest.mark.parametrize(("engine", "processes"), [("ddp", 2), ("ddp", 4), ("zero2", 3), ("zero3", 2), ("fsdp2", 3)])
+def test_no_size_of_anything_hangs(engine: str, processes: int, launcher: Launcher):
+    results = worker(launcher, engine, processes, "sweep")
+    assert all(result == results[0] for result in results)
+    assert results[0]["evaluations"] == 3 * (2 * processes + 3)

@@ -55,6 +55,7 @@ def test_activations_are_estimated_about_right():
     [
         ({"is_split": True}, "this one was started alone"),
         ({"mixed_precision": "fp16", "on_cpu": True}, "fp16 (from the launch config) does not exist on a CPU"),
+        ({"mixed_precision": "fp8"}, "mixed_precision: fp8 (from the launch config) is not supported; set it to bf16"),
         ({"local_world_size": 8}, "num_processes: the launch config asks for 8 GPUs on this machine, but there "),
     ],
 )
@@ -64,6 +65,19 @@ def test_launches_that_cannot_work(changes: dict, expected: str):
     (problem,) = replace(ALONE, **changes).problems(RunConfig())
     assert expected in problem.message
     assert not replace(ALONE, **changes, cpu_asked_for=True).problems(RunConfig()) or "GPUs" not in expected
+
+
+def test_a_deepspeed_file_that_says_what_the_run_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "ds.json"
+    file.write_text(
+        json.dumps({"train_batch_size": 12, "gradient_clipping": "auto", "zero_optimization": {"stage": 2}})
+    )
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    (problem,) = ALONE.problems(RunConfig())
+    assert problem.message.startswith(f"train_batch_size: 12 (in {file}) would be ignored: train.global_batch_size")
+    file.write_text("{")
+    (problem,) = ALONE.problems(RunConfig())
+    assert "cannot be read" in problem.message
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,151 @@
+"""DeepSpeed ZeRO."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from qa_dist.checkpoint.state import MOMENTS
+from qa_dist.training.strategies.base import MakeOptimizer, NonFiniteGradientError, Strategy, Update
+
+SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What DeepSpeed's dynamic loss scaler remembers."""
+
+
+class DeepSpeed(Strategy):
+    """ZeRO (Rajbhandari et al. 2020): optimizer states, gradients (2) and weights (3) divided among the processes."""
+
+    def __init__(self, accelerator: Accelerator):
+        super().__init__(accelerator)
+        plugin = accelerator.deepspeed_plugin
+        assert plugin is not None
+        self.plugin = plugin
+        self.stage = int(plugin.zero_stage)
+        self.name = f"DeepSpeed ZeRO-{self.stage}"
+        self.casts_weights = accelerator.mixed_precision in ("bf16", "fp16")
+        self.exchanges_every_micro_batch = self.stage >= 2
+
+    def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        # The batches are ours: DeepSpeed only multiplies these numbers. Accumulation is controlled by the boundary
+        # set in backward(), and losses arrive scaled, so it must not divide them again.
+        config = self.plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = 1
+        config["gradient_accumulation_steps"] = 1
+        config["train_batch_size"] = self.accelerator.num_processes
+        config["gradient_clipping"] = self.max_grad_norm  # without any it would step on infinities in float32
+        self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model))
+
+    @property
+    def engine(self) -> Any:
+        wrapped = self.accelerator.deepspeed_engine_wrapped
+        assert wrapped is not None
+        return wrapped.engine
+
+    @contextlib.contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        self.engine.set_gradient_accumulation_boundary(is_boundary=last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        # not accelerator.backward, which would step as well
+        self.engine.backward(loss)
+
+    def update(self) -> Update:
+        engine = self.engine
+        half = self.accelerator.mixed_precision == "fp16"
+        own_norm = None
+        if self.stage == 0 and not self.casts_weights:  # DeepSpeed clips without saying the norm, and never skips
+            gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+            own_norm = float(nn.utils.get_total_norm(gradients))
+            if not math.isfinite(own_norm):
+                raise NonFiniteGradientError
+        skipped_before = engine.skipped_steps
+        engine.step()
+        norm = float(engine.get_global_grad_norm() or 0.0) if own_norm is None else own_norm
+        skipped = engine.skipped_steps > skipped_before
+        if not half and (skipped or not math.isfinite(norm)):
+            raise NonFiniteGradientError
+        return Update(norm, skipped, self._loss_scale() if half else None)
+
+    def _loss_scale(self) -> float:
+        optimizer = self.engine.optimizer  # of a different class for each stage
+        return float(optimizer.cur_scale if hasattr(optimizer, "cur_scale") else optimizer.loss_scale)
+
+    def whole_weight(self, parameter: nn.Parameter) -> Tensor:
+        import deepspeed
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if parameter.requires_grad and (whole := safe_get_full_fp32_param(parameter)) is not None:
+            return whole.detach()
+        if hasattr(parameter, "ds_id"):  # ZeRO-3 shards what is not trained too, without a master copy
+            with deepspeed.zero.GatheredParameters([parameter]):
+                return parameter.detach().clone()
+        return parameter.detach()
+
+    def whole_moment(self, parameter: nn.Parameter, name: str) -> Tensor:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if self._is_plain:
+            return self.engine.optimizer.state[parameter][name]
+        whole = safe_get_full_optimizer_state(parameter, name)
+        assert whole is not None
+        return whole
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether the optimizer is PyTorch's own, on the parameters themselves: in stage 0 and float32."""
+        return self.stage == 0 and not self.casts_weights
+
+    def restore(self, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
+        import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        values = {name: tensor.to(self.accelerator.device) for name, tensor in values.items()}
+        # the weights that the forward pass sees; in low precision they are a copy of the master weights
+        if hasattr(parameter, "ds_id"):
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(values["weight"])
+        else:
+            parameter.data.copy_(values["weight"])
+        if not parameter.requires_grad:
+            return
+        if self._is_plain:
+            for name in MOMENTS:
+                self.engine.optimizer.state[parameter][name].copy_(values[name])
+            return
+        safe_set_full_fp32_param(parameter, values["weight"])
+        for name in MOMENTS:
+            safe_set_full_optimizer_state(parameter, values[name], name)
+
+    def _optimizer_states(self) -> list[dict[str, Any]]:
+        optimizer = self.engine.optimizer
+        while hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        return list(optimizer.state.values())
+
+    def loss_scale_state(self) -> dict[str, float]:
+        scaler = self._scaler()
+        return {name: getattr(scaler, name) for name in SCALER_STATE if hasattr(scaler, name)}
+
+    def restore_loss_scale(self, state: dict[str, float]) -> None:
+        scaler = self._scaler()
+        for name in SCALER_STATE:
+            if scaler is not None and name in state:
+                setattr(scaler, name, state[name])
+
+    def _scaler(self) -> Any:
+        if self.accelerator.mixed_precision != "fp16":
+            return None
+        return getattr(self.engine.optimizer, "loss_scaler", None)
+
+    def bytes_per_parameter(self, world_size: int) -> float:
+        weights, gradients, states = (2, 2, 12) if self.casts_weights else (4, 4, 8)
+        offloads = self.plugin.offload_optimizer_device not in (None, "none")
+        return (
+            weights / (world_size if self.stage >= 3 else 1)
+            + gradients / (world_size if self.stage >= 2 else 1)
+            + (0 if offloads else states / (world_size if self.stage >= 1 else 1))
+        )
