@@ -23,6 +23,11 @@ COMMANDS = {
     "config reference": "Print a table of all settings.",
 }
 
+TRAIN_OPTIONS = {
+    "resume": "auto: go on from the newest complete checkpoint in run.output_dir, or start there; a path: go on from "
+    "that checkpoint, or that run's newest; none (default): start.",
+    "allow_changed": "Settings, separated by commas, that may differ from those of the resumed checkpoint.",
+}
 SCORE_OPTIONS = {
     "predictions": "JSON file of predictions, id -> text.",
     "null_odds": "With data.unanswerable allow: JSON file, id -> score of no answer, for the best thresholds.",
@@ -80,7 +85,8 @@ def _dispatch(args: list[str]) -> int:
     if command == "config reference":
         print(reference(), end="")
         return 0
-    extra = {"config": "YAML file with settings."} | (SCORE_OPTIONS if command == "score" else {})
+    own = {"score": SCORE_OPTIONS, "train": TRAIN_OPTIONS}
+    extra = {"config": "YAML file with settings."} | own.get(command, {})
     flags, options = from_flags(args, f"qa-dist {command}", COMMANDS[command], extra)
     if command == "config show":
         print(to_yaml(resolve(_sources(command, flags, options["config"]), [checks.combinations])), end="")
@@ -89,7 +95,7 @@ def _dispatch(args: list[str]) -> int:
         return _score(
             resolve(_sources(command, flags, options["config"]), [checks.paths, checks.needs_validation]), options
         )
-    return _run(command, _sources(command, flags, options["config"]))
+    return _run(command, _sources(command, flags, options["config"]), options)
 
 
 def _sources(command: str, flags: Source, config_file: str | None) -> list[Source]:
@@ -98,20 +104,30 @@ def _sources(command: str, flags: Source, config_file: str | None) -> list[Sourc
     return [name, *([from_yaml(Path(config_file))] if config_file else []), flags]
 
 
-def _run(command: str, sources: list[Source]) -> int:
+def _run(command: str, sources: list[Source], options: dict[str, str | None]) -> int:
     """Check everything that can be checked before the first process group, then train or evaluate."""
     # Heavy imports only now: `--help` and `config show` need none of them.
     from qa_dist.training.launch_environment import LaunchEnvironment
 
     launch = LaunchEnvironment.read()
     launch.announce()
-    from qa_dist.reporting.run_directory import StoppedError, require_free
+    from qa_dist.reporting.run_directory import StoppedError, require_ended, require_free
     from qa_dist.training import session
     from qa_dist.training.export import exported_settings
+    from qa_dist.training.resume import DIRECTORY, Resume
+
+    allow_changed = tuple(name for name in (options.get("allow_changed") or "").split(",") if name)
+    resume = Resume(options.get("resume") or "none", allow_changed)
 
     def output_dir_is_free(config: RunConfig) -> list[Problem]:
         try:
-            if launch.is_main:  # the others may look when the main process has already begun to write
+            if not launch.is_main:  # the others may look when the main process has already begun to write
+                pass
+            elif resume.is_auto:
+                require_ended(config.output_dir)
+                if not (config.output_dir / DIRECTORY).is_dir():
+                    require_free(config.output_dir)
+            else:
                 require_free(config.output_dir)
         except UserError as error:
             return [Problem(("run.output_dir",), str(error))]
@@ -137,7 +153,10 @@ def _run(command: str, sources: list[Source]) -> int:
         ]  # what a file that cannot be read might have set is not "missing"
     config = resolve(sources, to_check)
     try:
-        (session.train if command == "train" else session.evaluate_only)(config, launch)
+        if command == "train":
+            session.train(config, launch, resume)
+        else:
+            session.evaluate_only(config, launch)
     except StoppedError as stop:
         _tell(f"qa-dist: {stop}")
         return stop.exit_code

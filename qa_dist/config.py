@@ -189,6 +189,33 @@ class OutputConfig(Section):
     """Which epoch's weights and predictions the run directory ends with."""
 
 
+def _as_interval(value: object) -> object:
+    """`500` is 500 steps."""
+    return f"{value} steps" if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class CheckpointConfig(Section):
+    """Complete states of the run, from which it can go on: checkpoints/ in the run directory."""
+
+    every: Annotated[
+        str, BeforeValidator(_as_interval), Field(pattern=r"^(none|[1-9]\d* ?(steps?|epochs?|minutes?))$")
+    ] = "1 epoch"
+    """How often one is written, such as 500 steps, 1 epoch or 30 minutes; or none. There is also one when a run ends or
+    is asked to stop."""
+    keep_last: PositiveInt = 2
+    """Number of newest checkpoints to keep."""
+    keep_best: NonNegativeInt = 1
+    """Number of checkpoints to keep beside them, by their evaluation's score."""
+
+    @property
+    def interval(self) -> tuple[int, str]:
+        """Number and unit: step, epoch or minute; (0, "") for none."""
+        if self.every == "none":
+            return 0, ""
+        digits = "".join(character for character in self.every if character.isdigit())
+        return int(digits), self.every[len(digits) :].strip().rstrip("s")
+
+
 CARRIED_SETTINGS = (
     "task",
     "data.max_length",
@@ -203,6 +230,33 @@ CARRIED_SETTINGS = (
 """Settings that travel with a trained model, for whoever uses it; nothing else is taken from there."""
 
 
+FREE_TO_CHANGE = (
+    "run",
+    "checkpoint",
+    "evaluation.batch_size",
+    "evaluation.at_start",
+    "data.cache_dir",
+    "data.max_validation_samples",
+    "data.train_file",
+    "data.validation_file",
+    "data.dataset",
+    "data.dataset_config",
+    "data.train_split",
+    "data.columns",
+    "model.name",
+    "model.tokenizer",
+    "model.attention",
+    "model.trust_remote_code",
+    "train.micro_batch_size",
+    "train.gradient_checkpointing",
+    "train.compile",
+    "train.tf32",
+    "train.max_skipped_steps",
+)
+"""Settings, or sections, that may differ when a run is resumed: they change where things lie, or how fast they are
+computed. That training data and tokenizer are the same is seen from the features themselves."""
+
+
 class RunConfig(Section):
     """Every setting of a run."""
 
@@ -212,6 +266,7 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     run: OutputConfig = OutputConfig()
 
     @property

@@ -1,9 +1,17 @@
-"""Directories that are there complete, or not at all."""
+"""Directories of checkpoints: complete or not there at all, listed, verified and thinned out."""
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qa_dist.checkpoint import manifest as manifests
+from qa_dist.checkpoint.manifest import DamagedError, File, Manifest, damage
 
 
 def publish_directory(target: Path, write: Callable[[Path], None]) -> None:
@@ -12,9 +20,8 @@ def publish_directory(target: Path, write: Callable[[Path], None]) -> None:
     A crash leaves the old directory or the new one, never a mixture; between the two renames the old one is
     called `.NAME.old`.
     """
-    temporary, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("tmp", "old"))
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     write(temporary)
     umask = os.umask(0)
@@ -23,6 +30,13 @@ def publish_directory(target: Path, write: Callable[[Path], None]) -> None:
         if path.is_file():  # safetensors writes files that only their owner can read
             path.chmod(0o666 & ~umask)
         flush(path)
+    put_in_place(temporary, target)
+
+
+def put_in_place(temporary: Path, target: Path) -> None:
+    """Rename a directory that is complete, over an older one of that name if need be."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     flush(temporary)
     if target.exists():
         target.rename(old)
@@ -38,3 +52,111 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+def directory_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def shard_name(rank: int, world_size: int) -> str:
+    return f"state-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def write_shard(directory: Path, name: str, tensors: dict[str, Tensor]) -> File:
+    """Write one rank's tensors, and wait until they are on the disk."""
+    path = directory / name
+    save_file(tensors, path)
+    flush(path)
+    return File.of(path)
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """The last file of a checkpoint: that it is there says that the others are."""
+    temporary = directory / f".{manifests.NAME}.tmp"
+    temporary.write_text(manifest.to_json(), encoding="utf-8")
+    flush(temporary)
+    temporary.rename(directory / manifests.NAME)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint's directory."""
+
+    path: Path
+    step: int
+    manifest: Manifest | None
+    problem: str | None
+    """Why it cannot be used, as far as has been looked."""
+
+
+def checkpoints(root: Path) -> list[Found]:
+    """The checkpoints in `root`, newest first, judged by their manifests alone."""
+    found = []
+    for path in root.iterdir() if root.is_dir() else ():
+        match = manifests.DIRECTORY.fullmatch(path.name)
+        if match and path.is_dir():
+            try:
+                found.append(Found(path, int(match[1]), Manifest.read(path), None))
+            except DamagedError as error:
+                found.append(Found(path, int(match[1]), None, str(error)))
+    return sorted(found, key=lambda one: one.step, reverse=True)
+
+
+def verified(root: Path, *, may_be_missing: bool = False) -> Iterator[Found]:
+    """`checkpoints`, with every file read and compared with its hash, one by one."""
+    for one in checkpoints(root):
+        problem = one.problem or (one.manifest and damage(one.path, one.manifest, may_be_missing=may_be_missing))
+        yield Found(one.path, one.step, one.manifest, problem)
+
+
+def thin_out(root: Path, keep_last: int, keep_best: int, never: Collection[int] = ()) -> list[int]:
+    """Remove all checkpoints but the newest `keep_last`, the best `keep_best` by score, and the steps in `never`.
+    Returns the steps that were removed. What is not complete is not counted, and left to `tidy`."""
+    complete = [one for one in checkpoints(root) if one.manifest is not None]
+    scored = [one for one in complete if one.manifest and one.manifest.score is not None]
+    scored.sort(key=lambda one: (one.manifest.score or 0.0) if one.manifest else 0.0, reverse=True)
+    kept = {one.step for one in complete[:keep_last]} | {one.step for one in scored[:keep_best]} | set(never)
+    removed = [one for one in complete if one.step not in kept]
+    for one in removed:
+        # renamed first: what is half removed has no name of a checkpoint
+        doomed = one.path.with_name(f".{one.path.name}.old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        one.path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+    return [one.step for one in removed]
+
+
+def tidy(root: Path) -> None:
+    """Remove what a run that was killed has left half-written. Only for the run that owns `root`, at its start."""
+    for path in root.iterdir() if root.is_dir() else ():
+        if path.name.startswith(".step_") and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+class Shards:
+    """The tensors of a checkpoint, read from the shards that lie in its directory."""
+
+    def __init__(self, directory: Path, manifest: Manifest):
+        self.directory = directory
+        self.names = [name for name in manifest.files if name.endswith(".safetensors")]
+        self.missing = [name for name in self.names if not (directory / name).is_file()]
+        self.place: dict[str, str] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files = {}
+        for name in self.names:
+            if name in self.missing:
+                continue
+            try:
+                file = safe_open(directory / name, framework="pt")
+                self._files[name] = file.__enter__()
+                for key in self._files[name].keys():  # noqa: SIM118 -- not a dictionary
+                    self.place[key] = name
+                    self.shapes[key] = tuple(self._files[name].get_slice(key).get_shape())
+            except (OSError, SafetensorError) as error:
+                raise DamagedError(f"{name} cannot be read: {error}") from None
+
+    def read(self, key: str) -> Tensor:
+        return self._files[self.place[key]].get_tensor(key)

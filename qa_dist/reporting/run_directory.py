@@ -41,9 +41,18 @@ def require_free(path: Path) -> None:
         return
     state = f" ({status['state']} at step {status['step']})" if {"state", "step"} <= status.keys() else ""
     raise UserError(
-        f"run.output_dir: {path} holds another run{state}, and nothing is overwritten: set --run.output_dir to "
-        "another directory, or move that one away"
+        f"run.output_dir: {path} holds another run{state}, and nothing is overwritten: go on with it (--resume auto), "
+        "set --run.output_dir to another directory, or move that one away"
     )
+
+
+def require_ended(path: Path) -> None:
+    """Raise `UserError` if the run in `path` is still going on."""
+    status = read_status(path)
+    if status.get("state") == "running" and status.get("pid") != os.getpid():
+        here = status.get("host") == socket.gethostname()
+        if here and not _is_gone(status):
+            raise UserError(f"run.output_dir: the run in {path} is still going on (process {status.get('pid')})")
 
 
 def read_status(path: Path) -> dict[str, Any]:
@@ -78,18 +87,27 @@ class RunDirectory:
         """Optimizer steps done; part of the status."""
         self._launch = ""
 
-    def open(self, config_yaml: str, launch: str) -> None:
+    @property
+    def metrics_bytes(self) -> int:
+        """Size of metrics.jsonl; 0 on all but the main process."""
+        path = self.path / "metrics.jsonl"
+        return path.stat().st_size if self.is_main and path.is_file() else 0
+
+    def open(self, config_yaml: str, launch: str, *, going_on: int | None = None) -> None:
         """Make the directory, write the config, and say that the run is running, and how it was launched.
 
-        Raises `UserError` if the directory holds another run or cannot be written.
+        `going_on`: the run in the directory is the one that goes on, and this many bytes of its metrics.jsonl are
+        still true. Raises `UserError` if the directory holds another run or cannot be written.
         """
         if not self.is_main:
             return
-        require_free(self.path)
+        if going_on is None:
+            require_free(self.path)
         self._launch = launch
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "metrics.jsonl").unlink(missing_ok=True)
+            if self.metrics_bytes:
+                os.truncate(self.path / "metrics.jsonl", going_on or 0)
             self.write("config.yaml", config_yaml)
             self._status("running", "", None)
         except OSError as error:

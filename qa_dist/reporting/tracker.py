@@ -27,12 +27,12 @@ class Tracker:
         self._tensorboard: SummaryWriter | None = None
 
     @contextlib.contextmanager
-    def training(self, total_steps: int) -> Iterator[None]:
-        """While training: TensorBoard is open, and a terminal shows a progress bar."""
+    def training(self, total_steps: int, done: int = 0) -> Iterator[None]:
+        """While training, after `done` steps: TensorBoard is open, and a terminal shows a progress bar."""
         if not self.run.is_main:
             yield
             return
-        self._tensorboard = SummaryWriter(str(self.run.path / "tensorboard"))
+        self._tensorboard = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=done + 1 if done else None)
         columns = (
             TextColumn("training"),
             BarColumn(),
@@ -43,7 +43,7 @@ class Tracker:
         progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         try:
             with progress:
-                self._bar = progress.add_task("", total=total_steps, figures="")
+                self._bar = progress.add_task("", total=total_steps, completed=done, figures="")
                 self._progress = progress
                 yield
         finally:

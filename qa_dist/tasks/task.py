@@ -65,6 +65,10 @@ class FeatureSet(ABC):
         """Remarks for the user on how the examples were read. Reads them, if no one has yet."""
 
     @abstractmethod
+    def digest(self) -> str:
+        """Of what a model is trained on, wherever it comes from: the same for the same tokens and targets."""
+
+    @abstractmethod
     def summary(self) -> dict[str, str]:
         """Figures of the split for people, by their names. Reads the examples, if no one has yet."""
 

@@ -90,6 +90,9 @@ class Engine:
         self.is_main: bool = self.accelerator.is_main_process
         self.device: torch.device = self.accelerator.device
         self._check_world(launch)
+        self.is_local_main: bool = self.accelerator.is_local_main_process
+        # For threads that talk while the training thread does: over connections of their own.
+        self._background = dist.new_group(backend="gloo") if self.world_size > 1 else None
         self.strategy = strategy_for(self.accelerator, launch.use_fsdp)
 
     def _check_world(self, launch: LaunchEnvironment) -> None:
@@ -213,6 +216,14 @@ class Engine:
         """Every rank's `value`, by rank, on all of them."""
         return gather_object([value]) if self.world_size > 1 else [value]
 
+    def exchange(self, value: Result) -> list[Result]:
+        """`gather`, from a thread beside the training thread; one such thread per process, the same on all ranks."""
+        if self._background is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._background)
+        return values
+
     def gather_rows(self, tensor: Tensor, fill: int) -> Tensor:
         """The rows of all ranks, [world_size, rows, …]. Ranks with fewer rows than others are filled up."""
         padded = self.accelerator.pad_across_processes(tensor, dim=0, pad_index=fill)
@@ -238,10 +249,9 @@ class Engine:
 
         An error on any rank ends all of them, so that none waits for one that has gone.
         """
-        is_local_main = self.accelerator.is_local_main_process
-        first = self._agreeing(function if is_local_main else None)
-        others = self._agreeing(None if is_local_main else function)
-        return first if is_local_main else others  # pyright: ignore[reportReturnType] -- every rank had its turn
+        first = self._agreeing(function if self.is_local_main else None)
+        others = self._agreeing(None if self.is_local_main else function)
+        return first if self.is_local_main else others  # pyright: ignore[reportReturnType] -- every rank had its turn
 
     def on_main(self, function: Callable[[], object]) -> None:
         """Call `function` on the main process, such as to write files; an error there ends all ranks."""

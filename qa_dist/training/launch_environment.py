@@ -77,22 +77,13 @@ class LaunchEnvironment:
                 )
             )
         devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-        # For DeepSpeed, Accelerate's launcher does not say that the CPU was asked for.
-        may_be_meant = self.cpu_asked_for or (self.use_deepspeed and devices == 0)
-        if self.local_world_size > max(devices, 1) and not may_be_meant:
-            there = {0: "there is none", 1: "there is one"}.get(devices, f"there are {devices}")
-            remedy = (
-                f"set num_processes to {devices}"
-                if devices
-                else "use configs/accelerate/cpu_zero2.yaml or cpu_ddp.yaml"
+        # Without any GPU nobody can tell: Accelerate does not pass on that use_cpu was set.
+        if devices and self.local_world_size > devices and not self.cpu_asked_for:
+            message = (
+                f"num_processes: the launch config asks for {self.local_world_size} GPUs on this machine, which has "
+                f"{devices}; set num_processes to {devices}"
             )
-            problems.append(
-                Problem(
-                    (),
-                    f"num_processes: the launch config asks for {self.local_world_size} GPUs on this machine, but "
-                    f"{there}; {remedy}",
-                )
-            )
+            problems.append(Problem((), message))
         if self.mixed_precision not in ("no", "fp16", "bf16"):
             message = (
                 f"mixed_precision: {self.mixed_precision} (from the launch config) is not supported; set it to bf16"

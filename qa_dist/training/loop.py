@@ -8,6 +8,9 @@ that change.
 import math
 import time
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from qa_dist.checkpoint.state import full_weights
 from qa_dist.config import RunConfig
@@ -16,22 +19,36 @@ from qa_dist.reporting.run_directory import RunDirectory, StoppedError
 from qa_dist.reporting.tracker import History, Tracker
 from qa_dist.tasks.task import FeatureSet, Score, Task
 from qa_dist.training.batching import Indices, plan_epoch
+from qa_dist.training.checkpointer import Checkpointer
 from qa_dist.training.engine import Engine
 from qa_dist.training.evaluation import evaluate
 from qa_dist.training.export import export_model
 from qa_dist.training.health import FlopsPerWindow, Meter, peak_flops, peak_memory
 from qa_dist.training.preemption import StopRequest
 from qa_dist.training.prefetch import made_ahead
+from qa_dist.training.resume import Checkpoint, load
 from qa_dist.training.schedule import learning_rate
 from qa_dist.training.step import NonFiniteError, Step, StepResult
+
+MOST_WARM_UPS = 40
+"""Steps after which float16's loss scale is low enough for any first step that works at all."""
 
 
 @dataclass
 class Progress:
-    """The numbers that change while a run goes on."""
+    """The numbers that change while a run goes on; a checkpoint holds them all."""
 
     step: int = 0
     """Optimizer steps done."""
+    updates: int = 0
+    """Those that were not skipped."""
+    epoch: int = 1
+    """The epoch that training is in."""
+    batches_done: int = 0
+    """Global batches of that epoch."""
+    loss_sum: float = 0.0
+    """Of the epoch's steps that were not skipped."""
+    loss_count: int = 0
     skipped_in_a_row: int = 0
     """float16 steps that have overflowed since the last one that did not."""
     train_seconds: float = 0.0
@@ -40,6 +57,13 @@ class Progress:
     """One row per evaluation, or per epoch where nothing is evaluated."""
     exported_epoch: int | None = None
     """The epoch whose weights lie in model/."""
+    meter: Meter = field(default_factory=Meter)
+    """Sums since the last logged step."""
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> "Progress":
+        """What `dataclasses.asdict` has made of one."""
+        return cls(**{**values, "meter": Meter(**values["meter"])})
 
 
 @dataclass
@@ -55,8 +79,8 @@ class Training:
     sets: dict[str, FeatureSet]
     micro_batch_size: int
     flops: FlopsPerWindow | None
+    data_digest: str
     progress: Progress = field(default_factory=Progress)
-    meter: Meter = field(default_factory=Meter)
 
     def __post_init__(self) -> None:
         self.training_set = self.sets["train"]
@@ -64,6 +88,7 @@ class Training:
         self.peak_flops = peak_flops(self.engine.device, self.engine.accelerator.mixed_precision)
         settings = self.config.train
         self.step = Step(settings, self.engine, self.task, self.training_set, self.micro_batch_size, self.stop)
+        self.checkpointer = Checkpointer(self.config, self.engine, self.run, self.data_digest)
 
     def _plan(self, epoch: int) -> list[Indices]:
         settings = self.config.train
@@ -76,48 +101,91 @@ class Training:
             group_by_length=settings.group_by_length,
         )
 
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on from `checkpoint`. Raises `UserError` for one of another model."""
+        # An optimizer has no state before its first step. What this one changes is overwritten.
+        first = np.argsort(self.training_set.lengths, kind="stable")[: self.engine.world_size]
+        collated = self.step.collate(first)
+        for _ in range(MOST_WARM_UPS):
+            if not self.step.run(0, 0.0, first, collated).skipped:
+                break
+        load(self.engine, checkpoint)
+        values = dict(checkpoint.manifest.progress)
+        scaler = values.pop("loss_scale")
+        values.pop("metrics_bytes")
+        self.progress = Progress.of(values)
+        self.engine.strategy.set_step_count(self.progress.updates)
+        self.engine.strategy.restore_loss_scale(scaler)
+        self.run.step = self.checkpointer.written_step = self.progress.step
+
     def fit(self) -> None:
-        """Train and evaluate every epoch. Raises `TrainingError` when that cannot go on, and `StoppedError`."""
-        with self.tracker.training(self.total_steps):
+        """Train and evaluate every epoch that is left. Raises `TrainingError` when that cannot go on, or a last
+        checkpoint could not be written, and `StoppedError`."""
+        with self.tracker.training(self.total_steps, self.progress.step):
             try:
                 self._run_epochs()
             except (StoppedError, NonFiniteError):  # agreed by all ranks, so all are here
                 if self.progress.exported_epoch is None and self.progress.step > 0:
                     self._export(0, None)
+                self._checkpoint()
+                self.checkpointer.finish()
+                self._tell()
                 raise
+            if self.checkpointer.written_step != self.progress.step:
+                self._checkpoint()
+            self.checkpointer.finish()
+            self._tell()
+        self.checkpointer.raise_if_failed()
         self.tracker.say(f"done: {self.run.path}")
 
     def _run_epochs(self) -> None:
-        if self.config.evaluation.at_start:
+        progress = self.progress
+        if self.config.evaluation.at_start and not progress.history and progress.step == 0:
             self._evaluate(epoch=0, train_loss=None)
-        for epoch in range(1, self.config.train.epochs + 1):
-            train_loss = self._train_epoch(epoch)
+        while progress.epoch <= self.config.train.epochs:
+            self._train_epoch()
+            epoch, train_loss = progress.epoch, progress.loss_sum / progress.loss_count if progress.loss_count else None
             score = self._evaluate(epoch, train_loss)
             if self.config.run.export == "last" or self._is_best():
                 self._export(epoch, score)
             self._write_metrics()
+            progress.epoch, progress.batches_done = epoch + 1, 0
+            progress.loss_sum, progress.loss_count = 0.0, 0
+            if self.checkpointer.is_due_after_epoch(epoch):
+                self._checkpoint(score.metrics[self.task.best_metric] if score else None)
 
-    def _train_epoch(self, epoch: int) -> float | None:
-        """Run an epoch's steps. Returns the mean loss over them."""
-        batches = self._plan(epoch)
-        losses: list[float] = []
+    def _train_epoch(self) -> None:
+        """Run the steps that are left of the epoch."""
+        progress = self.progress
+        batches = self._plan(progress.epoch)
+        left = batches[progress.batches_done :]
         started = time.perf_counter()
-        for done, (batch, collated, waited) in enumerate(made_ahead(batches, self.step.collate), start=1):
-            rate = learning_rate(self.progress.step, self.total_steps, self.config.train)
-            result = self.step.run(self.progress.step, rate, batch, collated)
+        for batch, collated, waited in made_ahead(left, self.step.collate):
+            rate = learning_rate(progress.step, self.total_steps, self.config.train)
+            is_due = self.engine.is_main and self.checkpointer.is_due_by_the_clock()
+            result = self.step.run(progress.step, rate, batch, collated, is_due)
             self._count(result, batch, time.perf_counter() - started, waited)
-            started = time.perf_counter()
-            if not result.skipped:
-                losses.append(result.loss)
-            if self.progress.step % self.config.run.log_every == 0 or self.progress.step == self.total_steps:
-                self._log(epoch - 1 + done / len(batches), rate, result)
+            if progress.step % self.config.run.log_every == 0 or progress.step == self.total_steps:
+                self._log(progress.epoch - 1 + progress.batches_done / len(batches), rate, result)
             if result.stopping:
                 raise self.stop.error()
-        return sum(losses) / len(losses) if losses else None
+            if result.is_due or self.checkpointer.is_due_after_step(progress.step):
+                self._checkpoint()
+            self._tell()
+            started = time.perf_counter()
+
+    def _checkpoint(self, score: float | None = None) -> None:
+        self.checkpointer.save(self.progress, score)
+
+    def _tell(self) -> None:
+        """Say what the background has to say."""
+        for text in self.checkpointer.news():
+            self.tracker.say(text)
 
     def _count(self, result: StepResult, batch: Indices, seconds: float, waited: float) -> None:
-        progress, meter = self.progress, self.meter
+        progress, meter = self.progress, self.progress.meter
         progress.step += 1
+        progress.batches_done += 1
         self.run.step = progress.step
         progress.train_seconds += seconds
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
@@ -125,6 +193,9 @@ class Training:
         meter.steps += 1
         meter.skipped += result.skipped
         if not result.skipped:
+            progress.updates += 1
+            progress.loss_sum += result.loss
+            progress.loss_count += 1
             meter.losses.append(result.loss)
         meter.samples += len(batch)
         meter.tokens += int(lengths.sum())
@@ -141,7 +212,7 @@ class Training:
             )
 
     def _log(self, epoch: float, rate: float, result: StepResult) -> None:
-        meter, self.meter = self.meter, Meter()
+        meter, self.progress.meter = self.progress.meter, Meter()
         values = {"epoch": epoch, "learning_rate": rate, "grad_norm": result.grad_norm}
         values |= meter.figures(self.engine.world_size, self.peak_flops)
         if result.loss_scale is not None:

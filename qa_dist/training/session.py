@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from qa_dist.checkpoint.store import tidy
 from qa_dist.config import RunConfig
 from qa_dist.config_sources import to_yaml
 from qa_dist.errors import TrainingError
@@ -21,26 +22,35 @@ from qa_dist.training.loop import Training
 from qa_dist.training.micro_batch import micro_batch_size
 from qa_dist.training.models import build_model
 from qa_dist.training.preemption import StopRequest
+from qa_dist.training.resume import DIRECTORY, Checkpoint, Resume, check, find
 
 
-def train(config: RunConfig, launch: LaunchEnvironment) -> None:
+def train(config: RunConfig, launch: LaunchEnvironment, resume: Resume) -> None:
     """Train and evaluate as `config` says, and leave the results in the run directory.
 
     Raises `UserError` for what the user can mend, and `StoppedError` after a signal.
     """
-    with _session(config, launch) as (engine, run, stop):
+    with _session(config, launch, resume) as (engine, run, stop, checkpoint):
         parts = _load(config, engine, run, stop, ("train", "validation"))
+        digest = parts.sets["train"].digest()
+        if checkpoint is not None:
+            parts.tracker.say(f"going on from {checkpoint.path} (step {checkpoint.manifest.step})")
+            for note in check(checkpoint.manifest, config, digest, resume.allow_changed):
+                parts.tracker.say(f"changed: {note}")
         size, notes = micro_batch_size(config.train, engine, parts.task, parts.model, parts.sets["train"])
         for note in notes:
             parts.tracker.say(note)
         flops = FlopsPerWindow.of(parts.model)
         engine.prepare(parts.model, config)
-        Training(config, engine, parts.task, run, parts.tracker, stop, parts.sets, size, flops).fit()
+        training = Training(config, engine, parts.task, run, parts.tracker, stop, parts.sets, size, flops, digest)
+        if checkpoint is not None:
+            training.resume(checkpoint)
+        training.fit()
 
 
 def evaluate_only(config: RunConfig, launch: LaunchEnvironment) -> None:
     """Evaluate a trained model, and leave metrics and predictions in the run directory. Raises as `train` does."""
-    with _session(config, launch) as (engine, run, stop):
+    with _session(config, launch, Resume()) as (engine, run, stop, _):
         parts = _load(config, engine, run, stop, ("validation",))
         engine.prepare_for_evaluation(parts.model, config)
         score = evaluate(engine, parts.task, parts.sets["validation"], config.evaluation.batch_size, stop)
@@ -56,16 +66,27 @@ def evaluate_only(config: RunConfig, launch: LaunchEnvironment) -> None:
 
 
 @contextlib.contextmanager
-def _session(config: RunConfig, launch: LaunchEnvironment) -> Iterator[tuple[Engine, RunDirectory, StopRequest]]:
-    """The processes joined, signals listened to, and a run directory that will tell how the run ended."""
+def _session(
+    config: RunConfig, launch: LaunchEnvironment, resume: Resume
+) -> Iterator[tuple[Engine, RunDirectory, StopRequest, Checkpoint | None]]:
+    """The processes joined, signals listened to, a run directory that will tell how the run ends, what to resume."""
     engine = Engine(launch, config.run.timeout_minutes)
     run = RunDirectory(config.output_dir, engine.is_main)
     stop = StopRequest()
     with stop.listening():
-        engine.on_main(lambda: run.open(to_yaml(config), engine.description))
+        checkpoint, notes = find(engine, config.output_dir, resume)
+        root = config.output_dir / DIRECTORY
+        goes_on = checkpoint is not None and checkpoint.path.absolute().parent == root.absolute()
+        going_on = checkpoint.manifest.progress.get("metrics_bytes", 0) if checkpoint is not None and goes_on else None
+        engine.on_main(lambda: run.open(to_yaml(config), engine.description, going_on=going_on))
+        if engine.is_local_main:
+            tidy(root)
+        for note in notes:
+            if engine.is_main:
+                print(f"note: {note}", flush=True)  # noqa: T201 -- there is no tracker yet
         with run.recorded():
             try:
-                yield engine, run, stop
+                yield engine, run, stop, checkpoint
             except torch.OutOfMemoryError as error:
                 raise TrainingError(
                     f"the memory of the GPU does not suffice: {str(error).split('. ')[0]}. Set train.micro_batch_size "

@@ -35,6 +35,8 @@ class StepResult:
     """Tokens and padding that the model was given, on all ranks."""
     stopping: bool
     """Whether any rank was asked to stop."""
+    is_due: bool = False
+    """Whether the main process's clock says that it is time for a checkpoint."""
 
 
 class Collated(NamedTuple):
@@ -76,7 +78,9 @@ class Step:
         )
         return [Collated(part, engine.staged(self.features.collate(part.indices, engine.multiple))) for part in parts]
 
-    def run(self, number: int, rate: float, batch: Indices, collated: list[Collated]) -> StepResult:
+    def run(
+        self, number: int, rate: float, batch: Indices, collated: list[Collated], is_due: bool = False
+    ) -> StepResult:
         """Optimizer step `number` (from 0) at learning rate `rate`.
 
         The loss is the mean over the windows of the global batch, however they are divided: each rank's sum is
@@ -96,8 +100,9 @@ class Step:
             losses.append(loss.detach())
             padded_tokens += on_host.positions
         # One collective for all that the ranks have to agree on.
-        stop = torch.tensor([padded_tokens, self.stop.signal_number > 0], dtype=torch.float32, device=engine.device)
-        total, padded, stops = engine.sum(torch.cat([torch.cat(losses).sum()[None], stop])).tolist()
+        own = [padded_tokens, self.stop.signal_number > 0, is_due]
+        flags = torch.tensor(own, dtype=torch.float32, device=engine.device)
+        total, padded, stops, dues = engine.sum(torch.cat([torch.cat(losses).sum()[None], flags])).tolist()
         mean = total / len(batch)
         if not math.isfinite(mean) and not engine.is_half:
             raise self._non_finite(number, f"the loss is {mean}", collated, losses)
@@ -107,7 +112,7 @@ class Step:
             raise self._non_finite(number, "the gradient holds an infinity or no number", collated, losses) from None
         if not math.isfinite(mean) and not update.skipped:
             raise self._non_finite(number, f"the loss is {mean}", collated, losses)
-        return StepResult(mean, update.grad_norm, update.skipped, update.loss_scale, int(padded), stops > 0)
+        return StepResult(mean, update.grad_norm, update.skipped, update.loss_scale, int(padded), stops > 0, dues > 0)
 
     def _non_finite(self, number: int, what: str, collated: list[Collated], losses: list[Tensor]) -> NonFiniteError:
         """The error to raise, naming the ranks and examples whose losses are to blame. All ranks have to call it."""

@@ -56,6 +56,9 @@ class RandomWindows(FeatureSet):
     def notes(self) -> list[str]:
         return []
 
+    def digest(self) -> str:
+        return ""
+
     def summary(self) -> dict[str, str]:
         return {}
 

@@ -31,6 +31,9 @@ class Numbers(FeatureSet):
     def notes(self) -> list[str]:
         return []
 
+    def digest(self) -> str:
+        return ""
+
     def summary(self) -> dict[str, str]:
         return {}
 

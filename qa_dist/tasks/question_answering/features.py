@@ -5,6 +5,7 @@ once, and the windows are cut from the arrays. The result equals the tokenizer's
 id and offset for offset.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -301,6 +302,14 @@ class QuestionAnsweringFeatures(FeatureSet):
             "tokens: longest": f"{self.lengths.max()}",
             "padding, were all as long": f"{1 - self.lengths.sum() / padded:.0%}",
         }
+
+    def digest(self) -> str:
+        """Of tokens and labels."""
+        found = hashlib.sha256()
+        arrays = [part for rows in self.tokens.values() for part in (rows.values, rows.offsets)]
+        for array in (*arrays, *self.scalars.values()):
+            found.update(np.ascontiguousarray(array).data)
+        return found.hexdigest()
 
     def names(self, indices: npt.NDArray[np.integer]) -> list[str]:
         """The ids of the windows' examples."""

@@ -27,6 +27,7 @@ class DeepSpeed(Strategy):
         self.name = f"DeepSpeed ZeRO-{self.stage}"
         self.casts_weights = accelerator.mixed_precision in ("bf16", "fp16")
         self.exchanges_every_micro_batch = self.stage >= 2
+        self._is_linked = False
 
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         # The batches are ours: DeepSpeed only multiplies these numbers. Accumulation is controlled by the boundary
@@ -90,9 +91,22 @@ class DeepSpeed(Strategy):
 
         if self._is_plain:
             return self.engine.optimizer.state[parameter][name]
+        self._link_moments()
         whole = safe_get_full_optimizer_state(parameter, name)
         assert whole is not None
         return whole
+
+    def _link_moments(self) -> None:
+        """Tell stages 1 and 2 where each parameter's moments lie. DeepSpeed does so itself after the first parameter
+        group's first step, when the other groups have none yet."""
+        optimizer = self.engine.optimizer
+        if self._is_linked or not hasattr(optimizer, "single_partition_of_fp32_groups"):
+            return
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state as link
+
+        for group, partition in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+            link(group, partition, optimizer.optimizer.state)
+        self._is_linked = True
 
     @property
     def _is_plain(self) -> bool:
@@ -116,6 +130,7 @@ class DeepSpeed(Strategy):
             for name in MOMENTS:
                 self.engine.optimizer.state[parameter][name].copy_(values[name])
             return
+        self._link_moments()
         safe_set_full_fp32_param(parameter, values["weight"])
         for name in MOMENTS:
             safe_set_full_optimizer_state(parameter, values[name], name)

@@ -1,0 +1,140 @@
+"""Checkpoints written in the background: the training thread waits for the copy to host memory, and no longer."""
+
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qa_dist.checkpoint.manifest import File, Manifest
+from qa_dist.checkpoint.store import (
+    directory_name,
+    put_in_place,
+    shard_name,
+    thin_out,
+    write_manifest,
+    write_shard,
+)
+
+Exchange = Callable[[Any], list[Any]]
+"""Every rank's value, by rank, on all of them; over connections that the training thread does not use."""
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints are kept."""
+
+    keep_last: int
+    keep_best: int
+
+
+class CheckpointWriter:
+    """One process's part in writing checkpoints. At most one is being written; the next one waits for it.
+
+    All ranks write their shards into a temporary directory; when all are on the disk the manifest is written, the
+    directory renamed, and only then are older ones removed. Where nodes have disks of their own, each keeps its
+    processes' shards and a manifest of all.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        rank: int,
+        world_size: int,
+        *,
+        is_local_main: bool,
+        exchange: Exchange,
+        retention: Retention,
+    ):
+        self.root = root
+        self.rank = rank
+        self.world_size = world_size
+        self.is_local_main = is_local_main
+        self.exchange = exchange
+        self.retention = retention
+        self.problem: str | None = None
+        """Why the last checkpoint could not be written; None if it was."""
+        self._news: list[str] = []
+        self._thread: threading.Thread | None = None
+
+    def submit(self, tensors: dict[str, Tensor], manifest: Manifest) -> None:
+        """Start to write `tensors`, which must not change until `wait` returns. `manifest` has no files yet."""
+        self.wait()
+        name = f"checkpoint-{manifest.step}"
+        self._thread = threading.Thread(target=self._write, args=(tensors, manifest), name=name, daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def news(self) -> list[str]:
+        """What has happened since the last call, for the user."""
+        news, self._news = self._news, []
+        return news
+
+    def _write(self, tensors: dict[str, Tensor], manifest: Manifest) -> None:
+        target = self.root / directory_name(manifest.step)
+        temporary = target.with_name(f".{target.name}.tmp")
+        try:
+            problems = self._publish(tensors, manifest, temporary, target)
+        except Exception as error:  # the other processes are gone, or there is a bug
+            problems = [f"{type(error).__name__}: {error}"]
+        if problems:
+            shutil.rmtree(temporary, ignore_errors=True)
+            self.problem = f"the checkpoint of step {manifest.step} could not be written: {problems[0]}"
+            self._news.append(f"{self.problem}. The next one will be tried")
+        else:
+            self.problem = None
+
+    def _publish(self, tensors: dict[str, Tensor], manifest: Manifest, temporary: Path, target: Path) -> list[str]:
+        """Returns the problems of all ranks; all get the same answer."""
+
+        def prepare() -> None:
+            if self.is_local_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+
+        def write() -> tuple[str, File] | None:
+            if not tensors:
+                return None
+            name = shard_name(self.rank, self.world_size)
+            return name, write_shard(temporary, name, tensors)
+
+        _, problems = self._all(prepare)
+        if problems:
+            return problems
+        shards, problems = self._all(write)
+        if problems:
+            return problems
+        (first, *_), _ = self._all(lambda: manifest if self.rank == 0 else None)
+        whole = replace(first, files=dict(shard for shard in shards if shard is not None))
+
+        def finish() -> None:
+            write_manifest(temporary, whole)
+            put_in_place(temporary, target)
+            thin_out(self.root, self.retention.keep_last, self.retention.keep_best, {manifest.step})
+
+        _, problems = self._all(lambda: finish() if self.rank == 0 else None)
+        if problems:
+            return problems
+        # What is still there is on a disk of this node's own.
+        _, problems = self._all(lambda: finish() if self.is_local_main and temporary.exists() else None)
+        return problems
+
+    def _all(self, action: Callable[[], Any]) -> tuple[list[Any], list[str]]:
+        """Do `action` on all ranks. Returns their results, and the problems of any."""
+        result, problem = None, None
+        try:
+            result = action()
+        except OSError as error:
+            problem = f"{error.filename or self.root}: {error.strerror or error}"
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        answers = self.exchange((result, problem))
+        return [answer[0] for answer in answers], [answer[1] for answer in answers if answer[1] is not None]

@@ -1,0 +1,83 @@
+"""When a checkpoint is due, and what goes into it."""
+
+import dataclasses
+import time
+from typing import Any
+
+from qa_dist.checkpoint.manifest import Manifest
+from qa_dist.checkpoint.state import HostCopies
+from qa_dist.checkpoint.writer import CheckpointWriter, Retention
+from qa_dist.config import RunConfig
+from qa_dist.errors import TrainingError
+from qa_dist.reporting.run_directory import RunDirectory
+from qa_dist.training.engine import Engine
+from qa_dist.training.resume import DIRECTORY
+
+
+class Checkpointer:
+    """Takes copies of the state and has them written."""
+
+    def __init__(self, config: RunConfig, engine: Engine, run: RunDirectory, data_digest: str):
+        self.config = config
+        self.engine = engine
+        self.run = run
+        self.data_digest = data_digest
+        self.count, self.unit = config.checkpoint.interval
+        self.copies = HostCopies(engine.rank, engine.world_size)
+        self.writer = CheckpointWriter(
+            run.path / DIRECTORY,
+            engine.rank,
+            engine.world_size,
+            is_local_main=engine.is_local_main,
+            exchange=engine.exchange,
+            retention=Retention(config.checkpoint.keep_last, config.checkpoint.keep_best),
+        )
+        self.written_step: int | None = None
+        """The step of the newest checkpoint of this process."""
+        self._last = time.monotonic()
+
+    def is_due_after_step(self, step: int) -> bool:
+        return self.unit == "step" and step % self.count == 0
+
+    def is_due_after_epoch(self, epoch: int) -> bool:
+        return self.unit == "epoch" and epoch % self.count == 0
+
+    def is_due_by_the_clock(self) -> bool:
+        """On one process: the others have other clocks."""
+        return self.unit == "minute" and time.monotonic() - self._last >= 60 * self.count
+
+    def save(self, progress: Any, score: float | None) -> None:
+        """Copy the state to host memory, and have it written. `progress` is a dataclass. All ranks have to call it."""
+        if not self.unit or (self.written_step == progress.step and score is None):
+            return
+        self.writer.wait()  # the buffers may still be being written
+        tensors = self.copies.capture(self.engine.strategy)
+        counters = dataclasses.asdict(progress)
+        counters["loss_scale"] = self.engine.strategy.loss_scale_state()
+        counters["metrics_bytes"] = self.run.metrics_bytes
+        manifest = Manifest(
+            step=progress.step,
+            epoch=progress.epoch,
+            engine=self.engine.description,
+            world_size=self.engine.world_size,
+            config=self.config.model_dump(mode="json"),
+            data=self.data_digest,
+            progress=counters,
+            score=score,
+            files={},
+        )
+        self.writer.submit(tensors, manifest)
+        self.written_step = progress.step
+        self._last = time.monotonic()
+
+    def finish(self) -> None:
+        """Wait until everything is written."""
+        self.writer.wait()
+
+    def news(self) -> list[str]:
+        return self.writer.news()
+
+    def raise_if_failed(self) -> None:
+        """Raise `TrainingError` if the newest checkpoint could not be written."""
+        if self.writer.problem is not None:
+            raise TrainingError(f"training is done, but {self.writer.problem}")

@@ -1,0 +1,191 @@
+"""Going on where an earlier run was: which checkpoint, whether it fits, and how its tensors come back."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qa_dist.checkpoint import manifest as manifests
+from qa_dist.checkpoint.manifest import DamagedError, Manifest, damage
+from qa_dist.checkpoint.state import restore, shapes
+from qa_dist.checkpoint.store import Shards, checkpoints
+from qa_dist.config import FREE_TO_CHANGE, RunConfig
+from qa_dist.errors import UserError, listing
+from qa_dist.training.engine import Engine
+
+DIRECTORY = "checkpoints"
+"""Where they lie in a run directory."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What the user asked for."""
+
+    source: str = "none"
+    """none, auto, or a path."""
+    allow_changed: tuple[str, ...] = ()
+    """Settings that may differ from those of the checkpoint."""
+
+    @property
+    def is_auto(self) -> bool:
+        return self.source == "auto"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that is complete, seen over all nodes."""
+
+    path: Path
+    manifest: Manifest
+
+
+def find(engine: Engine, output_dir: Path, resume: Resume) -> tuple[Checkpoint | None, list[str]]:
+    """The newest complete checkpoint of what `resume` names, and why newer ones are not used; the same on all ranks.
+
+    None where there is nothing to resume. Raises `UserError` for a path that holds no checkpoint that can be used.
+    """
+    if resume.source == "none":
+        return None, []
+    if resume.is_auto:
+        return _newest(engine, output_dir / DIRECTORY)
+    path = Path(resume.source).expanduser()
+    if any(engine.gather((path / manifests.NAME).is_file())):
+        problem, manifest = _agreed(engine, path)
+        if manifest is None:
+            raise UserError(f"--resume: {path} cannot be used: {problem}")
+        return Checkpoint(path, manifest), []
+    for root in (path / DIRECTORY, path):
+        found, notes = _newest(engine, root)
+        if found is not None:
+            return found, notes
+    raise UserError(
+        f"--resume: {path} holds no complete checkpoint{': ' + '; '.join(notes) if notes else ''}. Name a run "
+        f"directory, or a directory step_… in its {DIRECTORY}/"
+    )
+
+
+def _newest(engine: Engine, root: Path) -> tuple[Checkpoint | None, list[str]]:
+    notes: list[str] = []
+    own = [one.path.name for one in checkpoints(root)] if engine.is_local_main else []
+    names = sorted({name for names in engine.gather(own) for name in names}, reverse=True)
+    for name in names:
+        problem, manifest = _agreed(engine, root / name)
+        if manifest is not None:
+            return Checkpoint(root / name, manifest), notes
+        notes.append(f"{root / name} is not used: {problem}")
+    return None, notes
+
+
+def _agreed(engine: Engine, path: Path) -> tuple[str, Manifest | None]:
+    """What is wrong with a checkpoint, or its manifest if all its files are there, on any node, and unchanged."""
+    problem: str | None = None
+    manifest: Manifest | None = None
+    present: set[str] = set()
+    refused: str | None = None
+    if engine.is_local_main and path.is_dir():
+        try:
+            manifest = Manifest.read(path)
+            problem = damage(path, manifest, may_be_missing=True)
+            present = {name for name in manifest.files if (path / name).is_file()}
+        except DamagedError as error:
+            problem = str(error)
+        except UserError as error:
+            refused = str(error)
+    answers = engine.gather((problem, manifest, present, refused))
+    for _, _, _, text in answers:
+        if text is not None:
+            raise UserError(text)
+    for text, *_ in answers:
+        if text is not None:
+            return text, None
+    seen = [found for _, found, _, _ in answers if found is not None]
+    if not seen:
+        return "it is not there", None
+    if any(found.files != seen[0].files for found in seen):
+        return "the nodes have different ones", None
+    missing = sorted(set(seen[0].files) - set().union(*(names for _, _, names, _ in answers)))
+    return (f"{listing(missing)} is missing", None) if missing else ("", seen[0])
+
+
+def check(manifest: Manifest, config: RunConfig, digest: str, allowed: Iterable[str]) -> list[str]:
+    """Notes on what has changed since the checkpoint. Raises `UserError` where that would change the training."""
+    before, now = _leaves(manifest.config), _leaves(config.model_dump(mode="json"))
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    free = (*FREE_TO_CHANGE, *allowed)
+    refused = [key for key in changed if not any(key == name or key.startswith(f"{name}.") for name in free)]
+    if refused:
+        lines = "\n".join(f"  - {key}: {before.get(key)} then, {now.get(key)} now" for key in refused)
+        raise UserError(
+            f"the checkpoint of step {manifest.step} was trained with other settings:\n{lines}\nSet them back, or say "
+            f"that it is meant: --allow_changed {','.join(refused)}"
+        )
+    if manifest.data != digest and "data" not in allowed:
+        raise UserError(
+            f"the checkpoint of step {manifest.step} was trained on other data: the windows, their tokens or their "
+            "labels differ. Name the same files, or say that it is meant: --allow_changed data"
+        )
+    notable = [key for key in changed if key.split(".")[0] not in ("run", "checkpoint")]
+    return [f"{key}: {before.get(key)} before, {now.get(key)} now" for key in notable]
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and f"{prefix}{key}" not in ("model.config", "data.columns"):
+            found |= _leaves(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def load(engine: Engine, checkpoint: Checkpoint) -> None:
+    """Make weights and moments those of `checkpoint`. A step has to have been done before. Raises `UserError` when
+    they are not those of this model."""
+    expected = shapes(engine.strategy.plain_model())
+    try:
+        shards = Shards(checkpoint.path, checkpoint.manifest)
+        problem = None
+    except DamagedError as error:
+        shards, problem = None, str(error)
+    answers = engine.gather((problem, shards.shapes if shards else {}, shards.missing if shards else []))
+    for text, *_ in answers:
+        if text is not None:
+            raise UserError(f"{checkpoint.path}: {text}")
+    stored: dict[str, tuple[int, ...]] = {}
+    for _, own, _ in answers:
+        stored |= own
+    _require_same(checkpoint.path, stored, expected)
+    assert shards is not None
+    if not any(missing for _, _, missing in answers):
+        restore(engine.strategy, shards.read)
+        return
+    readers = {key: next(rank for rank, (_, own, _) in enumerate(answers) if key in own) for key in stored}
+
+    def broadcast(key: str) -> Tensor:
+        """From a rank whose node has it."""
+        if readers[key] == engine.rank:
+            tensor = shards.read(key).to(engine.device)
+        else:
+            tensor = torch.empty(expected[key], device=engine.device, dtype=torch.float32)
+        dist.broadcast(tensor, readers[key])
+        return tensor.cpu()
+
+    restore(engine.strategy, broadcast)
+
+
+def _require_same(path: Path, stored: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+    missing, other = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+    differing = [
+        f"{key} {stored[key]}" for key in sorted(stored.keys() & expected.keys()) if stored[key] != expected[key]
+    ]
+    if missing or other or differing:
+        found = [
+            f"{what} ({listing(names)})"
+            for what, names in (("tensors missing", missing), ("unknown ones", other), ("other shapes", differing))
+            if names
+        ]
+        raise UserError(f"{path}: is of another model: {', '.join(found)}")
