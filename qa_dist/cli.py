@@ -19,6 +19,9 @@ COMMANDS = {
     "score": "Score a file of predictions as the official script does: --predictions FILE --data.validation_file FILE.",
     "prepare": "Read the data, show what is in them, and fill the cache, so that training starts at once.",
     "doctor": "Look at this machine and this launch: what is wrong, and with --model NAME what a model needs.",
+    "checkpoint list": "Show a run's checkpoints: checkpoint list RUN.",
+    "checkpoint verify": "Compare every file of a run's checkpoints with its hash: checkpoint verify RUN.",
+    "checkpoint export": "Make a model of a checkpoint: checkpoint export RUN/checkpoints/STEP DIR [--dtype bfloat16].",
     "config show": "Print the complete settings as YAML, without starting anything.",
     "config reference": "Print a table of all settings.",
 }
@@ -69,7 +72,7 @@ def _tell(message: str) -> None:
 
 def _dispatch(args: list[str]) -> int:
     command = args.pop(0) if args and not args[0].startswith("-") else ""
-    if command == "config" and args and not args[0].startswith("-"):
+    if command in ("config", "checkpoint") and args and not args[0].startswith("-"):
         command += f" {args.pop(0)}"
     if command not in COMMANDS:
         asked_for_help = not command and args and args[0] in ("-h", "--help")
@@ -85,6 +88,8 @@ def _dispatch(args: list[str]) -> int:
     if command == "config reference":
         print(reference(), end="")
         return 0
+    if command.startswith("checkpoint "):
+        return _checkpoint(command, args)
     own = {"score": SCORE_OPTIONS, "train": TRAIN_OPTIONS}
     extra = {"config": "YAML file with settings."} | own.get(command, {})
     flags, options = from_flags(args, f"qa-dist {command}", COMMANDS[command], extra)
@@ -197,6 +202,44 @@ def _score(config: RunConfig, options: dict[str, str | None]) -> int:
         _tell(f"qa-dist: note: {note}")
     print(json.dumps(figures, indent=2))
     return 0
+
+
+def _checkpoint(command: str, args: list[str]) -> int:
+    """List, verify or export; exit code 1 where something is damaged."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from qa_dist.checkpoint.store import checkpoints, verified
+    from qa_dist.training.export import export_checkpoint
+    from qa_dist.training.resume import DIRECTORY
+
+    dtype = "float32"
+    if "--dtype" in args[:-1]:
+        place = args.index("--dtype")
+        dtype = args[place + 1]
+        del args[place : place + 2]
+    if len(args) != (2 if command == "checkpoint export" else 1) or args[0].startswith("-"):
+        print(f"usage: qa-dist {command} …\n{COMMANDS[command]}", file=sys.stderr)
+        return 0 if args in (["-h"], ["--help"]) else 2
+    path = Path(args[0])
+    if command == "checkpoint export":
+        export_checkpoint(path, Path(args[1]), dtype)
+        return 0
+    root = path / DIRECTORY if (path / DIRECTORY).is_dir() else path
+    found = list(verified(root) if command == "checkpoint verify" else checkpoints(root))
+    if not found:
+        raise UserError(f"{path}: holds no checkpoints; name a run directory")
+    table = Table("checkpoint", "epoch", "score", "MB", "written by", "state")
+    for one in found:
+        manifest, cells = one.manifest, ["", "", "", ""]
+        if manifest is not None:
+            score = "" if manifest.score is None else f"{manifest.score:.3f}"
+            size = sum(file.size for file in manifest.files.values()) / 1e6
+            cells = [str(manifest.epoch), score, f"{size:,.1f}", manifest.engine]
+        good = "verified" if command == "checkpoint verify" else "complete"
+        table.add_row(one.path.name, *cells, one.problem or good)
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+    return 1 if any(one.problem for one in found) else 0
 
 
 def _model_name(sources: list[Source]) -> str | None:

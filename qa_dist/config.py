@@ -187,6 +187,8 @@ class OutputConfig(Section):
     """Optimizer steps between two logged ones."""
     export: Literal["last", "best"] = "last"
     """Which epoch's weights and predictions the run directory ends with."""
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the weights in model/."""
 
 
 def _as_interval(value: object) -> object:

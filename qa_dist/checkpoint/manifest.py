@@ -102,7 +102,7 @@ def damage(directory: Path, manifest: Manifest, *, may_be_missing: bool = False)
     """What is wrong with the files in `directory`, or None. `may_be_missing`: on another node's disk, perhaps."""
     for name, expected in manifest.files.items():
         path = directory / name
-        if not path.is_file() or path.is_symlink():
+        if not path.is_file():
             if may_be_missing:
                 continue
             return f"{name} is missing"

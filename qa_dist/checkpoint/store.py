@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,18 @@ def write_shard(directory: Path, name: str, tensors: dict[str, Tensor]) -> File:
     save_file(tensors, path)
     flush(path)
     return File.of(path)
+
+
+def write_companions(directory: Path, write: Callable[[Path], None]) -> dict[str, File]:
+    """Let `write` add flat files to `directory`, and wait until they are on the disk. Returns those it has added."""
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".companions") as name:
+        write(Path(name))
+        found = {}
+        for path in sorted(Path(name).iterdir()):
+            final = path.rename(directory / path.name)
+            flush(final)
+            found[final.name] = File.of(final)
+    return found
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

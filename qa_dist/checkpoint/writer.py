@@ -15,6 +15,7 @@ from qa_dist.checkpoint.store import (
     put_in_place,
     shard_name,
     thin_out,
+    write_companions,
     write_manifest,
     write_shard,
 )
@@ -48,13 +49,16 @@ class CheckpointWriter:
         is_local_main: bool,
         exchange: Exchange,
         retention: Retention,
+        companions: Callable[[Path], None] = lambda directory: None,
     ):
+        """`companions` puts what belongs to the weights into a directory, as flat files; on the main process."""
         self.root = root
         self.rank = rank
         self.world_size = world_size
         self.is_local_main = is_local_main
         self.exchange = exchange
         self.retention = retention
+        self.companions = companions
         self.problem: str | None = None
         """Why the last checkpoint could not be written; None if it was."""
         self._news: list[str] = []
@@ -100,11 +104,14 @@ class CheckpointWriter:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
 
-        def write() -> tuple[str, File] | None:
-            if not tensors:
-                return None
-            name = shard_name(self.rank, self.world_size)
-            return name, write_shard(temporary, name, tensors)
+        def write() -> dict[str, File]:
+            written: dict[str, File] = {}
+            if tensors:
+                name = shard_name(self.rank, self.world_size)
+                written[name] = write_shard(temporary, name, tensors)
+            if self.rank == 0:
+                written |= write_companions(temporary, self.companions)
+            return written
 
         _, problems = self._all(prepare)
         if problems:
@@ -113,7 +120,7 @@ class CheckpointWriter:
         if problems:
             return problems
         (first, *_), _ = self._all(lambda: manifest if self.rank == 0 else None)
-        whole = replace(first, files=dict(shard for shard in shards if shard is not None))
+        whole = replace(first, files={name: file for written in shards for name, file in written.items()})
 
         def finish() -> None:
             write_manifest(temporary, whole)

@@ -1,9 +1,22 @@
 """The tasks that can be trained, by the name they have in the config."""
 
+from typing import Any
+
 from qa_dist.config import RunConfig
+from qa_dist.errors import UserError
 from qa_dist.tasks.task import Batch, FeatureSet, Score, Task
 
-__all__ = ["Batch", "FeatureSet", "Score", "Task", "load_task"]
+__all__ = ["Batch", "FeatureSet", "Score", "Task", "load_task", "task_class"]
+
+
+def task_class(name: str) -> type[Task]:
+    """The class of the task that is called `name` in configs. Raises `UserError` where there is none."""
+    from qa_dist.tasks.question_answering.task import QuestionAnswering
+
+    known: dict[str, type[Task]] = {QuestionAnswering.name: QuestionAnswering}
+    if name not in known:
+        raise UserError(f"task: there is no task {name!r}; there are {', '.join(known)}")
+    return known[name]
 
 
 def load_task(config: RunConfig) -> Task:
@@ -11,6 +24,5 @@ def load_task(config: RunConfig) -> Task:
 
     Raises `UserError` when the tokenizer or the data it is trained on cannot be used.
     """
-    from qa_dist.tasks.question_answering.task import QuestionAnswering
-
-    return {QuestionAnswering.name: QuestionAnswering}[config.task](config)
+    make: Any = task_class(config.task)
+    return make(config)

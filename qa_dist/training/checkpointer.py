@@ -10,14 +10,16 @@ from qa_dist.checkpoint.writer import CheckpointWriter, Retention
 from qa_dist.config import RunConfig
 from qa_dist.errors import TrainingError
 from qa_dist.reporting.run_directory import RunDirectory
+from qa_dist.tasks.task import Task
 from qa_dist.training.engine import Engine
+from qa_dist.training.export import write_companions
 from qa_dist.training.resume import DIRECTORY
 
 
 class Checkpointer:
     """Takes copies of the state and has them written."""
 
-    def __init__(self, config: RunConfig, engine: Engine, run: RunDirectory, data_digest: str):
+    def __init__(self, config: RunConfig, engine: Engine, run: RunDirectory, task: Task, data_digest: str):
         self.config = config
         self.engine = engine
         self.run = run
@@ -31,6 +33,9 @@ class Checkpointer:
             is_local_main=engine.is_local_main,
             exchange=engine.exchange,
             retention=Retention(config.checkpoint.keep_last, config.checkpoint.keep_best),
+            companions=lambda directory: write_companions(
+                directory, engine.strategy.plain_model().config, task, config, {}
+            ),
         )
         self.written_step: int | None = None
         """The step of the newest checkpoint of this process."""

@@ -2,36 +2,96 @@
 
 import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
-from qa_dist.checkpoint.store import publish_directory
+from qa_dist.checkpoint.manifest import DamagedError, Manifest, damage
+from qa_dist.checkpoint.store import Shards, publish_directory
 from qa_dist.config import CARRIED_SETTINGS, RunConfig
 from qa_dist.config_sources import Source
-from qa_dist.errors import UserError
+from qa_dist.errors import UserError, listing
+from qa_dist.tasks import task_class
 from qa_dist.tasks.task import Task
 
 SETTINGS_FILE = "qa_dist.json"
 SCHEMA_VERSION = 1
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
 def export_model(
     target: Path, model: Any, weights: dict[str, Tensor], task: Task, config: RunConfig, findings: dict[str, float]
 ) -> None:
     """Put weights, model config, tokenizer, the `CARRIED_SETTINGS` and what the evaluation found into `target`,
-    replacing it as a whole."""
-    values: Any = config.model_dump(mode="json")
-    carried = {key: functools.reduce(lambda node, part: node[part], key.split("."), values) for key in CARRIED_SETTINGS}
+    replacing it as a whole. It is loaded back before it takes its place."""
+    dtype = DTYPES[config.run.export_dtype]
+    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
 
     def write(directory: Path) -> None:
-        model.config.dtype = torch.float32
-        model.save_pretrained(directory, state_dict=weights)
-        task.tokenizer.save_pretrained(directory)
-        content = {"schema_version": SCHEMA_VERSION, "settings": carried, "findings": findings}
-        (directory / SETTINGS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        model.config.dtype = dtype
+        model.save_pretrained(directory, state_dict=cast)
+        write_companions(directory, model.config, task, config, findings)
+        _require_loadable(directory, task.auto_model, cast)
+
+    publish_directory(target, write)
+
+
+def write_companions(
+    directory: Path, model_config: Any, task: Task, config: RunConfig, findings: dict[str, float]
+) -> None:
+    """What belongs to weights: model config, tokenizer, `CARRIED_SETTINGS` and findings, in one flat directory."""
+    values: Any = config.model_dump(mode="json")
+    carried = {key: functools.reduce(lambda node, part: node[part], key.split("."), values) for key in CARRIED_SETTINGS}
+    model_config.save_pretrained(directory)
+    task.tokenizer.save_pretrained(directory)
+    content = {"schema_version": SCHEMA_VERSION, "settings": carried, "findings": findings}
+    (directory / SETTINGS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _require_loadable(directory: Path, auto_model: Any, weights: dict[str, Tensor]) -> None:
+    """Raise `RuntimeError` unless transformers finds exactly `weights` in `directory`; a model that cannot be loaded
+    is better noticed now."""
+    loaded, info = auto_model.from_pretrained(directory, dtype="auto", output_loading_info=True)
+    found = loaded.state_dict()
+    wrong = [name for name, tensor in weights.items() if name not in found or not torch.equal(found[name], tensor)]
+    wrong += [*info["missing_keys"], *info["unexpected_keys"]]
+    if wrong:
+        raise RuntimeError(f"the exported model in {directory} is not the trained one: {listing(wrong)}")
+
+
+def export_checkpoint(directory: Path, target: Path, dtype: str) -> None:
+    """Make a model that transformers loads of the weights in a checkpoint. Raises `UserError` where that cannot be."""
+    if target.exists():
+        raise UserError(f"{target}: is there already, and nothing is overwritten; name another directory")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype: {dtype!r} is none of {', '.join(DTYPES)}")
+    try:
+        manifest = Manifest.read(directory)
+        if problem := damage(directory, manifest):
+            raise DamagedError(problem)
+        shards = Shards(directory, manifest)
+    except (DamagedError, OSError, ValueError) as error:
+        raise UserError(f"{directory}: cannot be exported: {error}") from None
+    parts = {key: key.partition("/")[::2] for key in shards.place}
+    weights = {name: shards.read(key).to(DTYPES[dtype]) for key, (kind, name) in parts.items() if kind == "weight"}
+    weights |= {name: shards.read(key) for key, (kind, name) in parts.items() if kind == "buffer"}
+    model_config = AutoConfig.from_pretrained(directory)
+    model_config.dtype = DTYPES[dtype]
+    auto_model = task_class(manifest.config.get("task", "")).auto_model
+    model = auto_model.from_config(model_config)
+
+    def write(temporary: Path) -> None:
+        model.save_pretrained(temporary, state_dict=weights)
+        for name in manifest.files:
+            if not name.endswith(".safetensors") and name != "config.json":
+                shutil.copy(directory / name, temporary / name)
+        _require_loadable(temporary, auto_model, weights)
 
     publish_directory(target, write)
 

@@ -88,7 +88,7 @@ class Training:
         self.peak_flops = peak_flops(self.engine.device, self.engine.accelerator.mixed_precision)
         settings = self.config.train
         self.step = Step(settings, self.engine, self.task, self.training_set, self.micro_batch_size, self.stop)
-        self.checkpointer = Checkpointer(self.config, self.engine, self.run, self.data_digest)
+        self.checkpointer = Checkpointer(self.config, self.engine, self.run, self.task, self.data_digest)
 
     def _plan(self, epoch: int) -> list[Indices]:
         settings = self.config.train

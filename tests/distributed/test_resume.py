@@ -82,10 +82,12 @@ def test_checkpoints_hold_tensors_and_json_alone(saved: dict[str, Path]):
         directory = run / "checkpoints/step_00000005"
         world_size = int(name[-1])
         shards = sorted(directory.glob("*.safetensors"))
-        assert {path.name for path in directory.iterdir()} == {"manifest.json", *(path.name for path in shards)}
+        others = {path.name for path in directory.iterdir()} - {path.name for path in shards}
+        assert others == {"manifest.json", "config.json", "qa_dist.json", "tokenizer.json", "tokenizer_config.json"}
         assert len(shards) == world_size
         tensors = {key: tensor for path in shards for key, tensor in load_file(path).items()}
         manifest = json.loads((directory / "manifest.json").read_text())
+        assert others | {path.name for path in shards} == {"manifest.json", *manifest["files"]}
         assert (manifest["step"], manifest["world_size"]) == (5, world_size)
         weights = {key.partition("/")[2] for key in tensors}
         assert {f"{kind}/{one}" for kind in ("weight", "exp_avg", "exp_avg_sq") for one in weights} == tensors.keys()

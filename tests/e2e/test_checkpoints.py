@@ -1,0 +1,364 @@
+"""Runs that are killed, checkpoints that are damaged, and settings that have changed in between."""
+
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qa_dist.cli import main
+from tests.helpers import ROOT, TINY_BERT, Launcher, environment, jsonl, tiny_flags
+
+DROPOUT = json.dumps(TINY_BERT | {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1})
+FLAGS = tiny_flags(**{"model.config": DROPOUT, "checkpoint.every": "4 steps", "checkpoint.keep_last": "3"})
+
+
+def qa_dist(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    """Exit code, what was shown, and what was said to be wrong."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(arg) for arg in args])
+    shown = capsys.readouterr()
+    assert "Traceback" not in shown.err
+    return int(exit_.value.code or 0), shown.out, shown.err
+
+
+def train(capsys: pytest.CaptureFixture[str], output_dir: Path, *args: object) -> tuple[int, str, str]:
+    return qa_dist(capsys, "train", *FLAGS, "--run.output_dir", output_dir, *args)
+
+
+def losses(output_dir: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in jsonl(output_dir / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on one process, with checkpoints of steps 20, 24 and 26."""
+    output_dir = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", *FLAGS, "--run.output_dir", str(output_dir)])
+    assert exit_.value.code == 0
+    return output_dir
+
+
+@pytest.fixture
+def cut_off(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it that looks as if it had been killed after step 24."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "checkpoints/step_00000026")
+    status = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps(status | {"state": "running", "pid": 2**22 + 1, "step": 25}))
+    return run
+
+
+# ------------------------------------------------------------------------------------------------- going on
+
+
+def test_the_same_command_starts_and_goes_on(cut_off: Path, finished: Path, capsys):
+    assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == [
+        *("step_00000020", "step_00000024", "step_00000026")
+    ]
+    (cut_off / "checkpoints/.step_00000028.tmp").mkdir()  # as a run that was killed leaves it
+    code, shown, _ = train(capsys, cut_off, "--resume", "auto")
+    assert code == 0
+    assert "(step 24)" in shown
+    assert losses(cut_off) == losses(finished)  # what came after step 24 was done again
+    assert not [path for path in (cut_off / "checkpoints").iterdir() if path.name.startswith(".")]
+    ours, theirs = (json.loads((run / "metrics.json").read_text()) for run in (cut_off, finished))
+    assert ours["history"] == theirs["history"]
+    for name in ("predictions.json", "model/model.safetensors"):
+        assert (cut_off / name).read_bytes() == (finished / name).read_bytes()
+    before = losses(cut_off)
+    assert train(capsys, cut_off, "--resume", "auto")[0] == 0  # nothing is left to do
+    assert losses(cut_off) == before
+
+
+def test_auto_starts_where_there_is_nothing(tmp_path: Path, finished: Path, capsys):
+    code, shown, _ = train(capsys, tmp_path / "new", "--resume", "auto")
+    assert code == 0
+    assert "going on" not in shown
+    assert losses(tmp_path / "new") == losses(finished)
+
+
+def test_a_run_that_is_still_going_on_is_left_alone(cut_off: Path, capsys):
+    status = json.loads((cut_off / "status.json").read_text())
+    (cut_off / "status.json").write_text(json.dumps(status | {"pid": 1}))
+    code, _, message = train(capsys, cut_off, "--resume", "auto")
+    assert code == 2
+    assert "is still going on (process 1)" in message
+
+
+def test_a_stopped_run_goes_on_where_it_stopped(launcher: Launcher, finished: Path, tmp_path: Path, capsys):
+    run = tmp_path / "run"
+    flags = ["-m", "qa_dist", "train", *FLAGS, "--run.output_dir", str(run), "--checkpoint.every", "1 epoch"]
+    process = launcher.start([sys.executable, *flags])
+    wait_for(process, lambda: (run / "metrics.jsonl").is_file())
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
+    code, shown, message = train(capsys, run, "--checkpoint.every", "1 epoch", "--resume", "auto")
+    assert code == 0, message
+    assert "going on from" in shown
+    assert losses(run) == losses(finished)
+
+
+# ------------------------------------------------------------------------------------------ changed settings
+
+
+def test_changes_that_matter_are_refused_unless_named(cut_off: Path, tmp_path: Path, capsys):
+    change = ("--train.seed", 7, "--train.learning_rate", "2e-3", "--run.log_every", 2)
+    code, _, message = train(capsys, cut_off, "--resume", "auto", *change)
+    assert code == 2
+    assert "train.seed: 42 then, 7 now" in message
+    assert "--allow_changed train.learning_rate,train.seed" in message
+    assert "log_every" not in message
+    other = tmp_path / "other"
+    named = ("--allow_changed", "train.learning_rate,train.seed")
+    code, shown, _ = train(capsys, other, "--resume", cut_off, *change, *named)
+    assert code == 0
+    assert "changed: train.seed: 42 before, 7 now" in shown
+
+
+def test_other_data_are_refused(cut_off: Path, capsys):
+    code, _, message = train(capsys, cut_off, "--resume", "auto", "--data.synthetic.seed", 5)
+    assert code == 2
+    assert "data.synthetic.seed: 0 then, 5 now" in message
+    allowed = ("--allow_changed", "data.synthetic.seed")
+    code, _, message = train(capsys, cut_off, "--resume", "auto", "--data.synthetic.seed", 5, *allowed)
+    assert code == 2
+    assert "was trained on other data" in message
+
+
+def test_a_path_without_a_checkpoint(tmp_path: Path, capsys):
+    code, _, message = train(capsys, tmp_path / "new", "--resume", tmp_path)
+    assert code == 2
+    assert "holds no complete checkpoint" in message
+    assert not (tmp_path / "new").exists()
+
+
+# --------------------------------------------------------------------------------------------------- damage
+
+
+def shard_of(run: Path, step: int = 24) -> Path:
+    return next((run / f"checkpoints/step_{step:08d}").glob("*.safetensors"))
+
+
+def truncate(run: Path) -> None:
+    os.truncate(shard_of(run), 1000)
+
+
+def flip(run: Path) -> None:
+    content = bytearray(shard_of(run).read_bytes())
+    content[-5] ^= 1
+    shard_of(run).write_bytes(content)
+
+
+def lose(run: Path) -> None:
+    shard_of(run).unlink()
+
+
+def manifest_of(run: Path) -> Path:
+    return run / "checkpoints/step_00000024/manifest.json"
+
+
+def empty(run: Path) -> None:
+    manifest_of(run).write_text("")
+
+
+def change_manifest(run: Path, **values: Any) -> None:
+    manifest_of(run).write_text(json.dumps(json.loads(manifest_of(run).read_text()) | values))
+
+
+def escape(run: Path) -> None:
+    files = json.loads(manifest_of(run).read_text())["files"]
+    change_manifest(run, files={f"../step_00000020/{name}": file for name, file in files.items()})
+
+
+def twice(run: Path) -> None:
+    shutil.copy(run / "checkpoints/step_00000020/manifest.json", manifest_of(run))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (truncate, "has 1,000 bytes instead of"),
+        (flip, "has changed since it was written"),
+        (lose, "is missing"),
+        (empty, "its manifest cannot be read"),
+        (escape, "its manifest names a file outside of its directory: '../step_00000020"),
+        (twice, "its manifest is that of step 20"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(
+    spoil: Callable[[Path], None], expected: str, cut_off: Path, finished: Path, capsys
+):
+    spoil(cut_off)
+    code, shown, message = train(capsys, cut_off, "--resume", "auto")
+    assert code == 0, message
+    assert expected in shown
+    assert "(step 20)" in shown
+    assert losses(cut_off) == losses(finished)
+    code, shown, _ = qa_dist(capsys, "checkpoint", "verify", cut_off)  # training wrote it anew
+    assert code == 0, shown
+
+
+def test_a_damaged_checkpoint_that_was_named_is_an_error(cut_off: Path, tmp_path: Path, capsys):
+    flip(cut_off)
+    code, _, message = train(capsys, tmp_path / "new", "--resume", cut_off / "checkpoints/step_00000024")
+    assert code == 2
+    assert "has changed since it was written" in message
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_newer_version_is_refused(cut_off: Path, capsys):
+    change_manifest(cut_off, schema_version=2)
+    code, _, message = train(capsys, cut_off, "--resume", "auto")
+    assert code == 2
+    assert "was written by a newer version of qa_dist (schema 2" in message
+
+
+@pytest.mark.parametrize("what", ["names", "shapes"])
+def test_tensors_of_another_model(what: str, cut_off: Path, capsys):
+    shard = shard_of(cut_off)
+    tensors = load_file(shard)
+    name = next(key for key in tensors if key.endswith("qa_outputs.weight"))
+    tensor = tensors.pop(name)
+    tensors |= {f"{name}2": tensor} if what == "names" else {name: torch.zeros(3, 3)}
+    save_file(tensors, shard)
+    digest = hashlib.sha256(shard.read_bytes()).hexdigest()
+    change_manifest(cut_off, files={shard.name: {"size": shard.stat().st_size, "sha256": digest}})
+    code, _, message = train(capsys, cut_off, "--resume", "auto")
+    assert code == 2
+    assert "is of another model" in message
+    assert "qa_outputs.weight" in message
+
+
+def test_a_disk_that_has_no_room_is_told_and_training_goes_on(finished: Path, tmp_path: Path):
+    """Files may not grow beyond the model's size: the model can be written, its checkpoints cannot."""
+    room = 2 * (finished / "model/model.safetensors").stat().st_size
+    command = [sys.executable, "-m", "qa_dist", "train", *FLAGS, "--run.output_dir", str(tmp_path / "run")]
+    process = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)),
+    )
+    assert process.returncode == 1, process.stdout + process.stderr
+    assert "the checkpoint of step 4 could not be written" in process.stdout
+    assert "training is done, but the checkpoint of step 26 could not be written" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert losses(tmp_path / "run") == losses(finished)
+    assert (tmp_path / "run/model/model.safetensors").is_file()
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
+# ------------------------------------------------------------------------------------------- looking at them
+
+
+def test_listing_and_verifying(cut_off: Path, capsys):
+    code, shown, _ = qa_dist(capsys, "checkpoint", "list", cut_off)
+    assert code == 0
+    assert "step_00000024" in shown
+    assert "no sharding, float32, 1 process on cpu" in shown
+    flip(cut_off)
+    (cut_off / "checkpoints/step_00000020/manifest.json").unlink()
+    code, shown, _ = qa_dist(capsys, "checkpoint", "verify", cut_off)
+    assert code == 1
+    assert "has changed since it was written" in shown
+    assert "it has no manifest: it was not finished" in shown
+    code, _, message = qa_dist(capsys, "checkpoint", "list", cut_off.parent)
+    assert code == 2
+    assert "holds no checkpoints" in message
+
+
+def test_exporting_a_checkpoint(cut_off: Path, tmp_path: Path, capsys):
+    target = tmp_path / "model"
+    step = cut_off / "checkpoints/step_00000024"
+    code, _, message = qa_dist(capsys, "checkpoint", "export", step, target)
+    assert code == 0, message
+    exported = load_file(target / "model.safetensors")
+    stored = load_file(shard_of(cut_off))
+    assert all(torch.equal(tensor, stored[f"weight/{name}"]) for name, tensor in exported.items())
+    output = cut_off.parent / "evaluated"
+    flags = tiny_flags(**{"model.config": "", "model.vocab_size": ""})[:10]
+    code, _, message = qa_dist(capsys, "evaluate", "--model", target, *flags, "--run.output_dir", output)
+    assert code == 0, message
+    code, _, message = qa_dist(capsys, "checkpoint", "export", step, target)
+    assert code == 2
+    assert "is there already" in message
+
+
+# -------------------------------------------------------------------------------------------------- killing
+
+
+def wait_for(process: "subprocess.Popen[str]", condition: Callable[[], bool], timeout: float = 90) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def ranks_of(launcher_pid: int) -> list[int]:
+    """The processes that a launcher has started."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher_pid)], capture_output=True, text=True).stdout
+    return [int(pid) for pid in found.split()]
+
+
+def killed_run(launcher: Launcher, engine: str, output_dir: Path, kills: int, seed: int) -> None:
+    """Start the run until it is completed, with a SIGKILL for one rank or the launcher `kills` times on the way."""
+    chance = random.Random(seed)
+    flags = [*FLAGS, "--checkpoint.every", "2 steps", "--run.output_dir", str(output_dir), "--resume", "auto"]
+    command = launcher.command(engine, 2, "-m", "qa_dist", "train", *flags)
+    for attempt in range(kills + 1):
+        process = launcher.start(command)
+        if attempt < kills:
+            seen = len(losses(output_dir)) if (output_dir / "metrics.jsonl").is_file() else 0
+            target = seen + chance.randint(0, 4)
+
+            def is_far_enough(target: int = target) -> bool:
+                path = output_dir / "metrics.jsonl"
+                return path.is_file() and path.read_bytes().count(b"\n") > target
+
+            wait_for(process, is_far_enough)
+            time.sleep(chance.random() * 0.15)
+            victims = [process.pid, *ranks_of(process.pid)]
+            with_children = chance.choice(victims)
+            if process.poll() is None:
+                os.kill(with_children, signal.SIGKILL)
+            if with_children == process.pid:  # its processes are orphans now; a batch system would end them
+                time.sleep(0.3)
+                for pid in victims[1:]:
+                    subprocess.run(["kill", "-9", str(pid)], capture_output=True)
+        output, _ = process.communicate(timeout=120)
+        assert "cannot be" not in output, output
+        if attempt == kills:
+            assert process.returncode == 0, output
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_killed_at_random_moments(engine: str, launcher: Launcher, tmp_path: Path):
+    whole = launcher.train(engine, 2, tmp_path / "whole", *FLAGS)
+    assert whole.code == 0, whole.output
+    killed_run(launcher, engine, tmp_path / "killed", kills=3, seed=1)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    ours, theirs = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("killed", "whole"))
+    assert ours["history"] == theirs["history"]
+    assert not [path for path in (tmp_path / "killed/checkpoints").iterdir() if path.name.startswith(".")]
