@@ -52,6 +52,8 @@ class Manifest:
     """The run's counters and history."""
     score: float | None
     """The metric by which checkpoints are compared, where the last thing done was an evaluation."""
+    tensors: dict[str, list[int]]
+    """Name -> shape of all tensors."""
     files: dict[str, File]
     schema_version: int = SCHEMA_VERSION
 
@@ -86,7 +88,8 @@ class Manifest:
             numbers = (manifest.step, manifest.epoch, manifest.world_size)
             if not all(isinstance(number, int) and number >= 0 for number in numbers):
                 raise TypeError
-            if not isinstance(manifest.config, dict) or not isinstance(manifest.progress, dict) or not files:
+            parts = (manifest.config, manifest.progress, manifest.tensors)
+            if not all(isinstance(part, dict) for part in parts) or not files:
                 raise TypeError
         except (KeyError, TypeError, ValueError, AttributeError):
             raise DamagedError("its manifest is incomplete") from None

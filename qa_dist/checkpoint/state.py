@@ -2,11 +2,12 @@
 
 For every trained parameter its float32 master weights and AdamW's two moments; for the others their weights; and the
 model's buffers. Names are `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` and `buffer/NAME`, NAME being the plain
-model's.
+model's. A rank that holds only a part of a tensor stores it flat, as `weight/NAME:START`, START being its place in the
+whole: saving needs no communication.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,23 +16,32 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's first and second moment, under PyTorch's names."""
 
 
+class Part(NamedTuple):
+    """What one rank has of a tensor; the live one, so copy what is to be kept."""
+
+    tensor: Tensor
+    """The whole tensor in its shape, or a flat piece of it."""
+    start: int | None = None
+    """Place of a piece in the flat whole; None for the whole, which then all ranks have."""
+
+
 class Spread(Protocol):
-    """A model spread over processes. Every method but the first has to be called by all of them, in the same order."""
+    """A model spread over processes."""
 
     def plain_model(self) -> nn.Module:
         """The model without what it is wrapped in; its parameters may be shards."""
         ...
 
     def whole_weight(self, parameter: nn.Parameter) -> Tensor:
-        """The parameter's master weights, whole; possibly the live tensor."""
+        """The parameter's master weights, whole; possibly the live tensor. All ranks have to call it."""
         ...
 
-    def whole_moment(self, parameter: nn.Parameter, name: str) -> Tensor:
-        """One of `MOMENTS` of a trained parameter, whole; possibly the live tensor."""
+    def part(self, parameter: nn.Parameter, kind: str) -> Part | None:
+        """What this rank has of the parameter's master `weight`, or of one of its `MOMENTS`; None for nothing."""
         ...
 
     def restore(self, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
-        """Set `weight` and the moments of a parameter from whole tensors on the CPU."""
+        """Set `weight` and the moments of a parameter from whole tensors on the CPU. All ranks have to call it."""
         ...
 
 
@@ -72,8 +82,8 @@ def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def owners(sizes: Mapping[str, tuple[int, ...]], world_size: int) -> dict[str, int]:
-    """Which rank keeps and writes each tensor, so that all have about as many bytes: the largest first, each to the
-    rank that has least so far."""
+    """Which rank keeps and writes each tensor that all ranks have, so that all write about as many bytes: the largest
+    first, each to the rank that has least so far."""
     loads = [0] * world_size
     found: dict[str, int] = {}
     for name, shape in sorted(sizes.items(), key=lambda item: (-torch.Size(item[1]).numel(), item[0])):
@@ -91,30 +101,30 @@ class HostCopies:
         self.rank = rank
         self.world_size = world_size
         self.tensors: dict[str, Tensor] = {}
+        self._from_gpu = False
 
     def capture(self, spread: Spread) -> dict[str, Tensor]:
-        """Copy the state as it is now. All ranks have to call it."""
+        """Copy this rank's share of the state as it is now."""
         model = spread.plain_model()
         owner = owners(shapes(model), self.world_size)
-        on_gpu = False
         for name, parameter in model.named_parameters():
-            kinds = ("weight", *(MOMENTS if parameter.requires_grad else ()))
-            for kind in kinds:
-                whole = spread.whole_weight(parameter) if kind == "weight" else spread.whole_moment(parameter, kind)
-                on_gpu |= whole.is_cuda
-                if owner[f"{kind}/{name}"] == self.rank:
-                    self._copy(f"{kind}/{name}", whole, torch.float32)
+            for kind in ("weight", *(MOMENTS if parameter.requires_grad else ())):
+                key, part = f"{kind}/{name}", spread.part(parameter, kind)
+                if part is None or (part.start is None and owner[key] != self.rank):
+                    continue
+                self._copy(key if part.start is None else f"{key}:{part.start}", part.tensor, torch.float32)
         for name, buffer in _buffers(model):
             if owner[f"buffer/{name}"] == self.rank:
                 self._copy(f"buffer/{name}", buffer, buffer.dtype)
-        if on_gpu:
+        if self._from_gpu:
             torch.cuda.synchronize()
         return self.tensors
 
     def _copy(self, name: str, source: Tensor, dtype: torch.dtype) -> None:
         if name not in self.tensors:
             self.tensors[name] = torch.empty(source.shape, dtype=dtype, pin_memory=source.is_cuda)
-        self.tensors[name].copy_(source, non_blocking=True)
+        self._from_gpu |= source.is_cuda
+        self.tensors[name].copy_(source.detach(), non_blocking=True)
 
 
 def restore(spread: Spread, read: Callable[[str], Tensor]) -> None:

@@ -1,18 +1,21 @@
 """Directories of checkpoints: complete or not there at all, listed, verified and thinned out."""
 
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qa_dist.checkpoint import manifest as manifests
 from qa_dist.checkpoint.manifest import DamagedError, File, Manifest, damage
+from qa_dist.errors import listing
 
 
 def publish_directory(target: Path, write: Callable[[Path], None]) -> None:
@@ -74,7 +77,7 @@ def write_shard(directory: Path, name: str, tensors: dict[str, Tensor]) -> File:
     return File.of(path)
 
 
-def write_companions(directory: Path, write: Callable[[Path], None]) -> dict[str, File]:
+def write_companions(directory: Path, write: Callable[[Path], object]) -> dict[str, File]:
     """Let `write` add flat files to `directory`, and wait until they are on the disk. Returns those it has added."""
     with tempfile.TemporaryDirectory(dir=directory, prefix=".companions") as name:
         write(Path(name))
@@ -153,23 +156,46 @@ class Shards:
     """The tensors of a checkpoint, read from the shards that lie in its directory."""
 
     def __init__(self, directory: Path, manifest: Manifest):
-        self.directory = directory
-        self.names = [name for name in manifest.files if name.endswith(".safetensors")]
-        self.missing = [name for name in self.names if not (directory / name).is_file()]
-        self.place: dict[str, str] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        """Raises `DamagedError` for a shard that cannot be read."""
+        self.shapes = {key: tuple(shape) for key, shape in manifest.tensors.items()}
+        names = [name for name in manifest.files if name.endswith(".safetensors")]
+        self.missing = [name for name in names if not (directory / name).is_file()]
+        self.pieces: dict[str, list[tuple[int, int, str, str]]] = {}
+        """Tensor -> start, number of values, file and name there, of each piece of it that is here."""
         self._files = {}
-        for name in self.names:
+        for name in names:
             if name in self.missing:
                 continue
             try:
-                file = safe_open(directory / name, framework="pt")
-                self._files[name] = file.__enter__()
-                for key in self._files[name].keys():  # noqa: SIM118 -- not a dictionary
-                    self.place[key] = name
-                    self.shapes[key] = tuple(self._files[name].get_slice(key).get_shape())
-            except (OSError, SafetensorError) as error:
+                self._files[name] = safe_open(directory / name, framework="pt").__enter__()
+                for stored in self._files[name].keys():  # noqa: SIM118 -- not a dictionary
+                    key, _, start = stored.partition(":")
+                    count = math.prod(self._files[name].get_slice(stored).get_shape())
+                    self.pieces.setdefault(key, []).append((int(start or 0), count, name, stored))
+            except (OSError, ValueError, SafetensorError) as error:
                 raise DamagedError(f"{name} cannot be read: {error}") from None
+        for pieces in self.pieces.values():
+            pieces.sort()
+
+    def piece(self, file: str, stored: str) -> Tensor:
+        """One piece, as it is stored."""
+        return self._files[file].get_tensor(stored)
 
     def read(self, key: str) -> Tensor:
-        return self._files[self.place[key]].get_tensor(key)
+        """A whole tensor. All its pieces have to be here."""
+        pieces = [self.piece(file, stored).flatten() for _, _, file, stored in self.pieces[key]]
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(self.shapes[key])
+
+
+def gap(shapes: Mapping[str, tuple[int, ...]], pieces: Mapping[str, Iterable[tuple[int, int]]]) -> str | None:
+    """Which tensors the `pieces` (start and number of values of each) do not make up exactly; None if there is none."""
+    wrong = sorted(set(shapes) ^ set(pieces))
+    for key in shapes.keys() & pieces.keys():
+        at = 0
+        for start, count in sorted(pieces[key]):
+            at = at + count if start == at else -1
+            if at < 0:
+                break
+        if at != math.prod(shapes[key]):
+            wrong.append(key)
+    return listing(wrong) if wrong else None

@@ -49,7 +49,7 @@ class CheckpointWriter:
         is_local_main: bool,
         exchange: Exchange,
         retention: Retention,
-        companions: Callable[[Path], None] = lambda directory: None,
+        companions: Callable[[Path], object] = lambda directory: None,
     ):
         """`companions` puts what belongs to the weights into a directory, as flat files; on the main process."""
         self.root = root

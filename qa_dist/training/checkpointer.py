@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from qa_dist.checkpoint.manifest import Manifest
-from qa_dist.checkpoint.state import HostCopies
+from qa_dist.checkpoint.state import HostCopies, shapes
 from qa_dist.checkpoint.writer import CheckpointWriter, Retention
 from qa_dist.config import RunConfig
 from qa_dist.errors import TrainingError
@@ -69,6 +69,7 @@ class Checkpointer:
             data=self.data_digest,
             progress=counters,
             score=score,
+            tensors={name: list(shape) for name, shape in shapes(self.engine.strategy.plain_model()).items()},
             files={},
         )
         self.writer.submit(tensors, manifest)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from qa_dist.checkpoint.manifest import DamagedError, Manifest, damage
-from qa_dist.checkpoint.store import Shards, publish_directory
+from qa_dist.checkpoint.store import Shards, gap, publish_directory
 from qa_dist.config import CARRIED_SETTINGS, RunConfig
 from qa_dist.config_sources import Source
 from qa_dist.errors import UserError, listing
@@ -78,7 +78,9 @@ def export_checkpoint(directory: Path, target: Path, dtype: str) -> None:
         shards = Shards(directory, manifest)
     except (DamagedError, OSError, ValueError) as error:
         raise UserError(f"{directory}: cannot be exported: {error}") from None
-    parts = {key: key.partition("/")[::2] for key in shards.place}
+    if incomplete := gap(shards.shapes, {key: [piece[:2] for piece in found] for key, found in shards.pieces.items()}):
+        raise UserError(f"{directory}: cannot be exported: its shards do not make up {incomplete}")
+    parts = {key: key.partition("/")[::2] for key in shards.shapes}
     weights = {name: shards.read(key).to(DTYPES[dtype]) for key, (kind, name) in parts.items() if kind == "weight"}
     weights |= {name: shards.read(key) for key, (kind, name) in parts.items() if kind == "buffer"}
     model_config = AutoConfig.from_pretrained(directory)

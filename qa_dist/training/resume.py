@@ -12,7 +12,7 @@ from torch import Tensor
 from qa_dist.checkpoint import manifest as manifests
 from qa_dist.checkpoint.manifest import DamagedError, Manifest, damage
 from qa_dist.checkpoint.state import restore, shapes
-from qa_dist.checkpoint.store import Shards, checkpoints
+from qa_dist.checkpoint.store import Shards, checkpoints, gap
 from qa_dist.config import FREE_TO_CHANGE, RunConfig
 from qa_dist.errors import UserError, listing
 from qa_dist.training.engine import Engine
@@ -146,35 +146,43 @@ def load(engine: Engine, checkpoint: Checkpoint) -> None:
     """Make weights and moments those of `checkpoint`. A step has to have been done before. Raises `UserError` when
     they are not those of this model."""
     expected = shapes(engine.strategy.plain_model())
+    problem, shards = None, None
     try:
         shards = Shards(checkpoint.path, checkpoint.manifest)
-        problem = None
     except DamagedError as error:
-        shards, problem = None, str(error)
-    answers = engine.gather((problem, shards.shapes if shards else {}, shards.missing if shards else []))
+        problem = str(error)
+    own = {key: tuple(pieces) for key, pieces in shards.pieces.items()} if shards else {}
+    answers = engine.gather((problem, own, bool(shards and shards.missing)))
     for text, *_ in answers:
         if text is not None:
             raise UserError(f"{checkpoint.path}: {text}")
-    stored: dict[str, tuple[int, ...]] = {}
-    for _, own, _ in answers:
-        stored |= own
-    _require_same(checkpoint.path, stored, expected)
     assert shards is not None
-    if not any(missing for _, _, missing in answers):
+    _require_same(checkpoint.path, shards.shapes, expected)
+    holders: dict[str, dict[tuple[int, int, str, str], int]] = {}  # tensor -> piece -> the first rank that has it
+    for rank, (_, pieces_of, _) in enumerate(answers):
+        for key, pieces in pieces_of.items():
+            for piece in pieces:
+                holders.setdefault(key, {}).setdefault(piece, rank)
+    incomplete = gap(shards.shapes, {key: [piece[:2] for piece in pieces] for key, pieces in holders.items()})
+    if incomplete:
+        raise UserError(f"{checkpoint.path}: its shards do not make up {incomplete}")
+    if not any(lacks for _, _, lacks in answers):
         restore(engine.strategy, shards.read)
         return
-    readers = {key: next(rank for rank, (_, own, _) in enumerate(answers) if key in own) for key in stored}
 
-    def broadcast(key: str) -> Tensor:
-        """From a rank whose node has it."""
-        if readers[key] == engine.rank:
-            tensor = shards.read(key).to(engine.device)
-        else:
-            tensor = torch.empty(expected[key], device=engine.device, dtype=torch.float32)
-        dist.broadcast(tensor, readers[key])
-        return tensor.cpu()
+    def from_all_nodes(key: str) -> Tensor:
+        """Each piece from a rank whose node has it."""
+        parts = []
+        for (_, count, file, stored), rank in sorted(holders[key].items()):
+            if rank == engine.rank:
+                part = shards.piece(file, stored).flatten().to(engine.device)
+            else:
+                part = torch.empty(count, device=engine.device)
+            dist.broadcast(part, rank)
+            parts.append(part)
+        return torch.cat(parts).view(expected[key]).cpu()
 
-    restore(engine.strategy, broadcast)
+    restore(engine.strategy, from_all_nodes)
 
 
 def _require_same(path: Path, stored: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:

@@ -72,7 +72,7 @@ def worker(target: Path) -> None:
         engine.gather(None)
         started = time.perf_counter()
         tensors = copies.capture(engine.strategy)
-        manifest = Manifest(number, 1, engine.description, engine.world_size, {}, "", {}, None, {})
+        manifest = Manifest(number, 1, engine.description, engine.world_size, {}, "", {}, None, {}, {})
         writer.submit(tensors, manifest)
         times["ours"].append(time.perf_counter() - started)
         writer.wait()

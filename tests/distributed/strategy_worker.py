@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from qa_dist.checkpoint.state import full_weights
+from qa_dist.checkpoint.manifest import Manifest
+from qa_dist.checkpoint.state import HostCopies, full_weights, shapes
+from qa_dist.checkpoint.writer import CheckpointWriter, Retention
 from qa_dist.config import RunConfig
 from qa_dist.errors import UserError
 from qa_dist.training.batching import plan_epoch
@@ -20,6 +22,7 @@ from qa_dist.training.evaluation import collect
 from qa_dist.training.launch_environment import LaunchEnvironment
 from qa_dist.training.micro_batch import halved_until
 from qa_dist.training.preemption import StopRequest
+from qa_dist.training.resume import DIRECTORY, Resume, find, load
 from qa_dist.training.step import Step
 from qa_dist.training.strategies import NonFiniteGradientError
 from tests.distributed.evaluation_worker import Numbers, SumTask
@@ -132,9 +135,53 @@ def sweep(engine: Engine) -> dict[str, Any]:
     return {"steps": steps, "evaluations": evaluations}
 
 
+def disks_of_their_own(engine: Engine) -> dict[str, Any]:
+    """A checkpoint on two nodes that see only their own files: written, found, and loaded."""
+    engine.prepare(Model(), RunConfig())
+    engine.is_local_main = True
+    node = Path(sys.argv[1]).parent / f"node-{engine.rank}"
+    writer = CheckpointWriter(
+        node / DIRECTORY,
+        engine.rank,
+        engine.world_size,
+        is_local_main=True,
+        exchange=engine.exchange,
+        retention=Retention(1, 0),
+        companions=lambda directory: (directory / "config.json").write_text("{}") and None,
+    )
+    copies = HostCopies(engine.rank, engine.world_size)
+    for number in (1, 2):
+        step(engine, spoiled=False)
+        tensors = copies.capture(engine.strategy)
+        sizes = {key: list(shape) for key, shape in shapes(engine.strategy.plain_model()).items()}
+        writer.submit(tensors, Manifest(number, 1, "", engine.world_size, {}, "", {}, None, sizes, {}))
+        writer.wait()
+        assert writer.problem is None, writer.problem
+    before = weights(engine)
+    step(engine, spoiled=False)
+    changed = weights(engine)
+    checkpoint, _ = find(engine, node, Resume("auto"))
+    assert checkpoint is not None
+    load(engine, checkpoint)
+    after = weights(engine)
+    kept = all(torch.equal(before[name], after[name]) for name in before)
+    moved = any(not torch.equal(before[name], changed[name]) for name in before)
+    files = sorted(str(path.relative_to(node)) for path in node.rglob("*") if path.is_file())
+    engine.gather(None)
+    if engine.rank == 1:  # a node's disk is lost
+        next(node.rglob("*.safetensors")).unlink()
+    nothing, notes = find(engine, node, Resume("auto"))
+    return {"kept": kept and moved, "files": files, "lost": nothing is None, "notes": notes}
+
+
 def main() -> None:
     engine = Engine(LaunchEnvironment.read(), timeout_minutes=1)
-    result = {"spoiled": spoiled_gradient, "micro_batch": limited_micro_batch, "sweep": sweep}[sys.argv[2]](engine)
+    result = {
+        "spoiled": spoiled_gradient,
+        "micro_batch": limited_micro_batch,
+        "sweep": sweep,
+        "disks": disks_of_their_own,
+    }[sys.argv[2]](engine)
     results = engine.gather(result)
     if engine.is_main:
         Path(sys.argv[1]).write_text(json.dumps(results))

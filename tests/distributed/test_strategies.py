@@ -49,3 +49,15 @@ def test_no_size_of_anything_hangs(engine: str, processes: int, launcher: Launch
     results = worker(launcher, engine, processes, "sweep")
     assert all(result == results[0] for result in results)
     assert results[0]["evaluations"] == 3 * (2 * processes + 3)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
+def test_checkpoints_where_each_node_has_a_disk_of_its_own(engine: str, launcher: Launcher):
+    results = worker(launcher, engine, 2, "disks")
+    for rank, result in enumerate(results):
+        assert result["kept"]
+        shard = f"checkpoints/step_00000002/state-{rank:05d}-of-00002.safetensors"
+        assert set(result["files"]) >= {shard, "checkpoints/step_00000002/manifest.json"}
+        assert f"state-{1 - rank:05d}" not in str(result["files"])
+        assert result["lost"]
+        assert "state-00001-of-00002.safetensors is missing" in result["notes"][0]

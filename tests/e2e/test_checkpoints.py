@@ -230,8 +230,11 @@ def test_a_newer_version_is_refused(cut_off: Path, capsys):
     assert "was written by a newer version of qa_dist (schema 2" in message
 
 
-@pytest.mark.parametrize("what", ["names", "shapes"])
-def test_tensors_of_another_model(what: str, cut_off: Path, capsys):
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [("names", "is of another model"), ("shapes", "is of another model"), ("values", "its shards do not make up")],
+)
+def test_tensors_of_another_model(what: str, expected: str, cut_off: Path, capsys):
     shard = shard_of(cut_off)
     tensors = load_file(shard)
     name = next(key for key in tensors if key.endswith("qa_outputs.weight"))
@@ -239,10 +242,13 @@ def test_tensors_of_another_model(what: str, cut_off: Path, capsys):
     tensors |= {f"{name}2": tensor} if what == "names" else {name: torch.zeros(3, 3)}
     save_file(tensors, shard)
     digest = hashlib.sha256(shard.read_bytes()).hexdigest()
-    change_manifest(cut_off, files={shard.name: {"size": shard.stat().st_size, "sha256": digest}})
+    content = json.loads(manifest_of(cut_off).read_text())
+    files = content["files"] | {shard.name: {"size": shard.stat().st_size, "sha256": digest}}
+    shapes = {key: list(tensor.shape) for key, tensor in tensors.items()} if what != "values" else content["tensors"]
+    change_manifest(cut_off, files=files, tensors=shapes)
     code, _, message = train(capsys, cut_off, "--resume", "auto")
     assert code == 2
-    assert "is of another model" in message
+    assert expected in message
     assert "qa_outputs.weight" in message
 
 

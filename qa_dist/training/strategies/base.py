@@ -10,6 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from qa_dist.checkpoint.state import Part
+
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 NO_CLIPPING = 1e30
@@ -73,8 +75,9 @@ class Strategy(ABC):
         result may be the live tensor: copy what is to be kept."""
 
     @abstractmethod
-    def whole_moment(self, parameter: nn.Parameter, name: str) -> Tensor:
-        """AdamW's `exp_avg` or `exp_avg_sq` of a trained parameter, as `whole_weight`."""
+    def part(self, parameter: nn.Parameter, kind: str) -> Part | None:
+        """What this rank has of the parameter's master `weight`, or of AdamW's `exp_avg` or `exp_avg_sq`: the live
+        tensor. None for nothing."""
 
     @abstractmethod
     def restore(self, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:

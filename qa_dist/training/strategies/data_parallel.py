@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from qa_dist.checkpoint.state import MOMENTS
+from qa_dist.checkpoint.state import MOMENTS, Part
 from qa_dist.training.strategies.base import MakeOptimizer, NonFiniteGradientError, Strategy, Update
 
 
@@ -47,8 +47,8 @@ class DataParallel(Strategy):
     def whole_weight(self, parameter: nn.Parameter) -> Tensor:
         return parameter.detach()
 
-    def whole_moment(self, parameter: nn.Parameter, name: str) -> Tensor:
-        return self._plain_optimizer().state[parameter][name]
+    def part(self, parameter: nn.Parameter, kind: str) -> Part | None:
+        return Part(parameter.detach() if kind == "weight" else self._plain_optimizer().state[parameter][kind])
 
     def restore(self, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
         parameter.data.copy_(values["weight"])

@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from qa_dist.checkpoint.state import MOMENTS
+from qa_dist.checkpoint.state import MOMENTS, Part
 from qa_dist.training.strategies.base import MakeOptimizer, NonFiniteGradientError, Strategy, Update
 
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -86,15 +86,32 @@ class DeepSpeed(Strategy):
                 return parameter.detach().clone()
         return parameter.detach()
 
-    def whole_moment(self, parameter: nn.Parameter, name: str) -> Tensor:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        if self._is_plain:
-            return self.engine.optimizer.state[parameter][name]
+    def part(self, parameter: nn.Parameter, kind: str) -> Part | None:
+        if self.stage == 3:
+            return self._part_of_stage_3(parameter, kind)
+        if self._is_plain or not parameter.requires_grad:
+            return Part(parameter.detach() if kind == "weight" else self.engine.optimizer.state[parameter][kind])
         self._link_moments()
-        whole = safe_get_full_optimizer_state(parameter, name)
-        assert whole is not None
-        return whole
+        mapping: Any = getattr(parameter, "_hp_mapping", None)
+        if mapping is None:  # this rank's partition does not reach into the parameter
+            return None
+        piece = mapping.get_hp_fragment(None if kind == "weight" else kind)
+        return Part(piece.flatten(), mapping.lp_fragment_address.start)
+
+    def _part_of_stage_3(self, parameter: nn.Parameter, kind: str) -> Part | None:
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        stored: Any = parameter
+        if not parameter.requires_grad:
+            piece = stored.ds_tensor
+        elif kind == "weight":
+            piece = safe_get_local_fp32_param(parameter)
+        else:
+            piece = safe_get_local_optimizer_state(parameter, kind)
+        assert piece is not None
+        start = self.accelerator.process_index * stored.ds_tensor.ds_numel
+        count = min(piece.numel(), stored.ds_numel - start)  # the last partitions may be padded
+        return Part(piece.detach().flatten()[:count], start) if count > 0 else None
 
     def _link_moments(self) -> None:
         """Tell stages 1 and 2 where each parameter's moments lie. DeepSpeed does so itself after the first parameter

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from qa_dist.checkpoint.state import MOMENTS
+from qa_dist.checkpoint.state import MOMENTS, Part
 from qa_dist.training.strategies.base import MakeOptimizer, NonFiniteGradientError, Strategy, Update
 
 
@@ -72,8 +72,15 @@ class FullyShardedDataParallel(Strategy):
     def whole_weight(self, parameter: nn.Parameter) -> Tensor:
         return self._whole(parameter.detach())
 
-    def whole_moment(self, parameter: nn.Parameter, name: str) -> Tensor:
-        return self._whole(self.optimizer.state[parameter][name])
+    def part(self, parameter: nn.Parameter, kind: str) -> Part | None:
+        tensor = parameter.detach() if kind == "weight" else self.optimizer.state[parameter][kind]
+        if not isinstance(tensor, DTensor):
+            return Part(tensor)
+        # fully_shard divides the first dimension as torch.chunk does
+        rows = -(-tensor.shape[0] // tensor.device_mesh.size())
+        local = tensor.to_local()
+        start = tensor.device_mesh.get_local_rank() * rows * math.prod(tensor.shape[1:])
+        return Part(local.flatten(), start) if local.numel() else None
 
     def _whole(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):
