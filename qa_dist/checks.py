@@ -1,6 +1,6 @@
 """What single settings cannot say: whether they fit each other, the command, and the files that are there."""
 
-from qa_dist.config import RunConfig
+from qa_dist.config import RunConfig, TrainConfig
 from qa_dist.config_sources import Check, Problem
 from qa_dist.errors import UserError
 
@@ -96,8 +96,15 @@ def combinations(config: RunConfig) -> list[Problem]:
         ),
         (
             ("train.tokens_per_batch", "train.global_batch_size"),
-            train.tokens_per_batch is not None and "global_batch_size" in train.model_fields_set,
+            train.tokens_per_batch is not None
+            and train.global_batch_size != TrainConfig.model_fields["global_batch_size"].default,
             "train.tokens_per_batch: says how large a step is, and so does train.global_batch_size; keep one",
+        ),
+        (
+            ("train.compile", "train.tokens_per_batch"),
+            train.compile and train.tokens_per_batch is not None,
+            "train.compile: compiles a few shapes of batches, and with train.tokens_per_batch each batch has its own; "
+            "keep one of them",
         ),
         (
             ("train.compile", "model.attention"),

@@ -119,7 +119,7 @@ def _run(command: str, sources: list[Source], options: dict[str, str | None]) ->
     from qa_dist.reporting.run_directory import StoppedError, require_ended, require_free
     from qa_dist.training import session
     from qa_dist.training.export import exported_settings
-    from qa_dist.training.resume import DIRECTORY, Resume
+    from qa_dist.training.resume import Resume
 
     allow_changed = tuple(name for name in (options.get("allow_changed") or "").split(",") if name)
     resume = Resume(options.get("resume") or "none", allow_changed)
@@ -129,9 +129,7 @@ def _run(command: str, sources: list[Source], options: dict[str, str | None]) ->
             if not launch.is_main:  # the others may look when the main process has already begun to write
                 pass
             elif resume.is_auto:
-                require_ended(config.output_dir)
-                if not (config.output_dir / DIRECTORY).is_dir():
-                    require_free(config.output_dir)
+                require_ended(config.output_dir)  # whether it is this run's is seen once its checkpoints are known
             else:
                 require_free(config.output_dir)
         except UserError as error:

@@ -207,7 +207,7 @@ class CheckpointConfig(Section):
     keep_last: PositiveInt = 2
     """Number of newest checkpoints to keep."""
     keep_best: NonNegativeInt = 1
-    """Number of checkpoints to keep beside them, by their evaluation's score."""
+    """Number of checkpoints to keep beside them, by their evaluation's score. Those of an epoch's end have one."""
 
     @property
     def interval(self) -> tuple[int, str]:

@@ -37,12 +37,12 @@ def examine(config: RunConfig, launch: LaunchEnvironment) -> int:
     problems = [problem.message for problem in launch.problems(config)]
     facts: list[tuple[str, str]] = [*_machine(), *_disks(config, problems), ("Hub", _hub())]
     engine = None
-    if not problems:
+    if not launch.problems(config):  # what is wrong with one node's disk must not keep the others waiting
         engine = Engine(launch, config.run.timeout_minutes)
         facts = [("engine", engine.description), *facts, ("all-reduce", _all_reduce(engine))]
     facts.append(("DeepSpeed ops", _deepspeed_ops(launch, problems)))
     memory = _memory(config, launch) if config.model.name else None
-    if launch.is_main:
+    if launch.is_main or (problems and launch.local_rank == 0):
         _print(facts, problems, memory)
     if engine is not None:
         engine.close()

@@ -91,6 +91,10 @@ class Manifest:
             parts = (manifest.config, manifest.progress, manifest.tensors)
             if not all(isinstance(part, dict) for part in parts) or not files:
                 raise TypeError
+            if not isinstance(manifest.score, int | float | None) or not isinstance(manifest.data, str):
+                raise TypeError
+            if not all(isinstance(size, int) for shape in manifest.tensors.values() for size in [*shape]):
+                raise TypeError
         except (KeyError, TypeError, ValueError, AttributeError):
             raise DamagedError("its manifest is incomplete") from None
         for name in files:

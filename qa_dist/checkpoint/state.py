@@ -101,12 +101,18 @@ class HostCopies:
         self.rank = rank
         self.world_size = world_size
         self.tensors: dict[str, Tensor] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        """Name -> shape of all tensors; known once some have been copied."""
+        self._owners: dict[str, int] = {}
         self._from_gpu = False
 
     def capture(self, spread: Spread) -> dict[str, Tensor]:
         """Copy this rank's share of the state as it is now."""
         model = spread.plain_model()
-        owner = owners(shapes(model), self.world_size)
+        if not self.shapes:
+            self.shapes = shapes(model)
+            self._owners = owners(self.shapes, self.world_size)
+        owner = self._owners
         for name, parameter in model.named_parameters():
             for kind in ("weight", *(MOMENTS if parameter.requires_grad else ())):
                 key, part = f"{kind}/{name}", spread.part(parameter, kind)

@@ -1,5 +1,6 @@
 """Directories of checkpoints: complete or not there at all, listed, verified and thinned out."""
 
+import contextlib
 import math
 import os
 import shutil
@@ -111,14 +112,20 @@ class Found:
 def checkpoints(root: Path) -> list[Found]:
     """The checkpoints in `root`, newest first, judged by their manifests alone."""
     found = []
-    for path in root.iterdir() if root.is_dir() else ():
-        match = manifests.DIRECTORY.fullmatch(path.name)
-        if match and path.is_dir():
-            try:
-                found.append(Found(path, int(match[1]), Manifest.read(path), None))
-            except DamagedError as error:
-                found.append(Found(path, int(match[1]), None, str(error)))
+    for name in step_directories(root):
+        path, step = root / name, int(name.removeprefix("step_"))
+        try:
+            found.append(Found(path, step, Manifest.read(path), None))
+        except DamagedError as error:
+            found.append(Found(path, step, None, str(error)))
     return sorted(found, key=lambda one: one.step, reverse=True)
+
+
+def step_directories(root: Path) -> list[str]:
+    """Names of the directories in `root` that are called as checkpoints are."""
+    if not root.is_dir():
+        return []
+    return [path.name for path in root.iterdir() if manifests.DIRECTORY.fullmatch(path.name) and path.is_dir()]
 
 
 def verified(root: Path, *, may_be_missing: bool = False) -> Iterator[Found]:
@@ -138,11 +145,20 @@ def thin_out(root: Path, keep_last: int, keep_best: int, never: Collection[int] 
     removed = [one for one in complete if one.step not in kept]
     for one in removed:
         # renamed first: what is half removed has no name of a checkpoint
-        doomed = one.path.with_name(f".{one.path.name}.old")
+        doomed = one.path.with_name(f".{one.path.name}.gone")
         shutil.rmtree(doomed, ignore_errors=True)
-        one.path.rename(doomed)
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            one.path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
     return [one.step for one in removed]
+
+
+def recover(root: Path) -> None:
+    """Give checkpoints their names back that a run was about to replace when it was killed."""
+    for path in root.glob(".step_*.old") if root.is_dir() else ():
+        target = path.with_name(path.name.removeprefix(".").removesuffix(".old"))
+        if not target.exists() and (path / manifests.NAME).is_file():
+            path.rename(target)
 
 
 def tidy(root: Path) -> None:

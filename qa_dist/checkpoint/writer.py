@@ -1,6 +1,7 @@
 """Checkpoints written in the background: the training thread waits for the copy to host memory, and no longer."""
 
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -99,10 +100,17 @@ class CheckpointWriter:
     def _publish(self, tensors: dict[str, Tensor], manifest: Manifest, temporary: Path, target: Path) -> list[str]:
         """Returns the problems of all ranks; all get the same answer."""
 
-        def prepare() -> None:
+        def clear() -> None:
             if self.is_local_main:
                 shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
+
+        def prepare() -> str | None:
+            if self.is_local_main:
+                temporary.mkdir(parents=True, exist_ok=True)  # several nodes may share it
+            if self.rank > 0:
+                return None
+            with tempfile.NamedTemporaryFile(dir=temporary, prefix=".first-", delete=False) as marker:
+                return marker.name
 
         def write() -> dict[str, File]:
             written: dict[str, File] = {}
@@ -113,9 +121,16 @@ class CheckpointWriter:
                 written |= write_companions(temporary, self.companions)
             return written
 
-        _, problems = self._all(prepare)
+        _, problems = self._all(clear)
+        markers, more = self._all(prepare)
+        if problems or more:
+            return [*problems, *more]
+        # Where the main process's file is not to be seen, the disk is another one.
+        marker = temporary / Path(markers[0]).name
+        elsewhere, problems = self._all(lambda: self.is_local_main and marker not in set(temporary.iterdir()))
         if problems:
             return problems
+        keeps_own = self.rank == 0 or elsewhere[self.rank]
         shards, problems = self._all(write)
         if problems:
             return problems
@@ -123,16 +138,21 @@ class CheckpointWriter:
         whole = replace(first, files={name: file for written in shards for name, file in written.items()})
 
         def finish() -> None:
-            write_manifest(temporary, whole)
-            put_in_place(temporary, target)
-            thin_out(self.root, self.retention.keep_last, self.retention.keep_best, {manifest.step})
+            if keeps_own:
+                for marker in temporary.glob(".first-*"):
+                    marker.unlink()
+                write_manifest(temporary, whole)
+                put_in_place(temporary, target)
 
-        _, problems = self._all(lambda: finish() if self.rank == 0 else None)
+        _, problems = self._all(finish)
         if problems:
             return problems
-        # What is still there is on a disk of this node's own.
-        _, problems = self._all(lambda: finish() if self.is_local_main and temporary.exists() else None)
-        return problems
+
+        def thin() -> None:
+            if keeps_own:
+                thin_out(self.root, self.retention.keep_last, self.retention.keep_best, {manifest.step})
+
+        return self._all(thin)[1]
 
     def _all(self, action: Callable[[], Any]) -> tuple[list[Any], list[str]]:
         """Do `action` on all ranks. Returns their results, and the problems of any."""

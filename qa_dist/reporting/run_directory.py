@@ -13,7 +13,7 @@ from qa_dist.errors import UserError
 
 State = Literal["running", "completed", "stopped", "failed"]
 
-OWN_FILES = ("status.json", "config.yaml", "metrics.jsonl", "metrics.json", "predictions.json", "model")
+OWN_FILES = ("status.json", "config.yaml", "metrics.jsonl", "metrics.json", "predictions.json", "model", "checkpoints")
 """Names whose presence shows that a directory is in use."""
 
 
@@ -37,13 +37,21 @@ def require_free(path: Path) -> None:
         return
     status = read_status(path)
     ended = status.get("state") == "failed" or (status.get("state") == "running" and _is_gone(status))
-    if ended and status.get("step") == 0 and "model" not in in_use:
+    if ended and status.get("step") == 0 and "model" not in in_use and not _has_trained(path):
         return
     state = f" ({status['state']} at step {status['step']})" if {"state", "step"} <= status.keys() else ""
     raise UserError(
         f"run.output_dir: {path} holds another run{state}, and nothing is overwritten: go on with it (--resume auto), "
         "set --run.output_dir to another directory, or move that one away"
     )
+
+
+def _has_trained(path: Path) -> bool:
+    """Whether a run has left checkpoints or logged steps, whatever its status says: that of a killed one is old."""
+    if any((path / "checkpoints").glob("step_*")):
+        return True
+    metrics = path / "metrics.jsonl"
+    return metrics.is_file() and b'"kind": "train"' in metrics.read_bytes()
 
 
 def require_ended(path: Path) -> None:
@@ -93,25 +101,32 @@ class RunDirectory:
         path = self.path / "metrics.jsonl"
         return path.stat().st_size if self.is_main and path.is_file() else 0
 
-    def open(self, config_yaml: str, launch: str, *, going_on: int | None = None) -> None:
+    def open(self, config_yaml: str, launch: str, *, is_own: bool = False, goes_on: bool = False) -> None:
         """Make the directory, write the config, and say that the run is running, and how it was launched.
 
-        `going_on`: the run in the directory is the one that goes on, and this many bytes of its metrics.jsonl are
-        still true. Raises `UserError` if the directory holds another run or cannot be written.
+        `is_own`: what is in the directory is of an earlier attempt at this run. `goes_on`: and it is still of use, so
+        that nothing but the status is written until `go_on`. Raises `UserError` if the directory holds another run or
+        cannot be written.
         """
         if not self.is_main:
             return
-        if going_on is None:
+        if not is_own:
             require_free(self.path)
         self._launch = launch
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if self.metrics_bytes:
-                os.truncate(self.path / "metrics.jsonl", going_on or 0)
-            self.write("config.yaml", config_yaml)
+            if not goes_on:
+                self.go_on(config_yaml, 0)
             self._status("running", "", None)
         except OSError as error:
             raise UserError(f"run.output_dir: {self.path} cannot be written: {error.strerror}") from None
+
+    def go_on(self, config_yaml: str, metrics_bytes: int) -> None:
+        """Write the config, and keep so many bytes of metrics.jsonl: what comes after them is done again."""
+        if self.is_main:
+            if self.metrics_bytes > metrics_bytes:
+                os.truncate(self.path / "metrics.jsonl", metrics_bytes)
+            self.write("config.yaml", config_yaml)
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from qa_dist.checkpoint.manifest import Manifest
-from qa_dist.checkpoint.state import HostCopies, shapes
+from qa_dist.checkpoint.state import HostCopies
 from qa_dist.checkpoint.writer import CheckpointWriter, Retention
 from qa_dist.config import RunConfig
 from qa_dist.errors import TrainingError
@@ -53,7 +53,7 @@ class Checkpointer:
 
     def save(self, progress: Any, score: float | None) -> None:
         """Copy the state to host memory, and have it written. `progress` is a dataclass. All ranks have to call it."""
-        if not self.unit or (self.written_step == progress.step and score is None):
+        if not self.unit or progress.step == 0 or (self.written_step == progress.step and score is None):
             return
         self.writer.wait()  # the buffers may still be being written
         tensors = self.copies.capture(self.engine.strategy)
@@ -69,7 +69,7 @@ class Checkpointer:
             data=self.data_digest,
             progress=counters,
             score=score,
-            tensors={name: list(shape) for name, shape in shapes(self.engine.strategy.plain_model()).items()},
+            tensors={name: list(shape) for name, shape in self.copies.shapes.items()},
             files={},
         )
         self.writer.submit(tensors, manifest)

@@ -83,10 +83,13 @@ def export_checkpoint(directory: Path, target: Path, dtype: str) -> None:
     parts = {key: key.partition("/")[::2] for key in shards.shapes}
     weights = {name: shards.read(key).to(DTYPES[dtype]) for key, (kind, name) in parts.items() if kind == "weight"}
     weights |= {name: shards.read(key) for key, (kind, name) in parts.items() if kind == "buffer"}
-    model_config = AutoConfig.from_pretrained(directory)
-    model_config.dtype = DTYPES[dtype]
     auto_model = task_class(manifest.config.get("task", "")).auto_model
-    model = auto_model.from_config(model_config)
+    try:
+        model_config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        model_config.dtype = DTYPES[dtype]
+        model = auto_model.from_config(model_config)
+    except Exception as error:  # whatever a config that came from elsewhere makes transformers raise
+        raise UserError(f"{directory}: cannot be exported: {str(error).splitlines()[0]}") from None
 
     def write(temporary: Path) -> None:
         model.save_pretrained(temporary, state_dict=weights)
@@ -95,7 +98,10 @@ def export_checkpoint(directory: Path, target: Path, dtype: str) -> None:
                 shutil.copy(directory / name, temporary / name)
         _require_loadable(temporary, auto_model, weights)
 
-    publish_directory(target, write)
+    try:
+        publish_directory(target, write)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written: {error.strerror or error}") from None
 
 
 def exported_settings(model: str) -> Source:

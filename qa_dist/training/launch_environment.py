@@ -111,6 +111,11 @@ class LaunchEnvironment:
         if self.use_fsdp and os.environ.get("FSDP_VERSION", "2") != "2":
             message = "fsdp_version: FSDP1 (from the launch config) is not supported; set it to 2"
             problems.append(Problem((), message))
+        if self.use_fsdp and os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+            message = (
+                "fsdp_offload_params (in the launch config) is not supported; use configs/accelerate/zero3_offload"
+            )
+            problems.append(Problem((), message))
         zero_3 = self.use_deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
         if config.train.compile and (zero_3 or self.use_fsdp):
             message = "train.compile: is not supported for a sharded model; use DDP, ZeRO-1 or ZeRO-2"

@@ -14,7 +14,7 @@ import numpy as np
 
 from qa_dist.checkpoint.state import full_weights
 from qa_dist.config import RunConfig
-from qa_dist.errors import TrainingError
+from qa_dist.errors import TrainingError, UserError
 from qa_dist.reporting.run_directory import RunDirectory, StoppedError
 from qa_dist.reporting.tracker import History, Tracker
 from qa_dist.tasks.task import FeatureSet, Score, Task
@@ -101,8 +101,9 @@ class Training:
             group_by_length=settings.group_by_length,
         )
 
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Go on from `checkpoint`. Raises `UserError` for one of another model."""
+    def resume(self, checkpoint: Checkpoint, *, in_place: bool) -> None:
+        """Go on from `checkpoint`; `in_place` says that it is the run directory's own. Raises `UserError` for one of
+        another model."""
         # An optimizer has no state before its first step. What this one changes is overwritten.
         first = np.argsort(self.training_set.lengths, kind="stable")[: self.engine.world_size]
         collated = self.step.collate(first)
@@ -111,12 +112,18 @@ class Training:
                 break
         load(self.engine, checkpoint)
         values = dict(checkpoint.manifest.progress)
-        scaler = values.pop("loss_scale")
-        values.pop("metrics_bytes")
-        self.progress = Progress.of(values)
+        try:
+            scaler = values.pop("loss_scale")
+            values.pop("metrics_bytes")
+            self.progress = Progress.of(values)
+        except (KeyError, TypeError):
+            raise UserError(f"{checkpoint.path}: its manifest does not say how far training was") from None
+        if not self.engine.broadcast((self.run.path / "model").is_dir()):
+            self.progress.exported_epoch = None  # it was another directory's
         self.engine.strategy.set_step_count(self.progress.updates)
         self.engine.strategy.restore_loss_scale(scaler)
-        self.run.step = self.checkpointer.written_step = self.progress.step
+        self.run.step = self.progress.step
+        self.checkpointer.written_step = self.progress.step if in_place else None
 
     def fit(self) -> None:
         """Train and evaluate every epoch that is left. Raises `TrainingError` when that cannot go on, or a last
@@ -125,9 +132,13 @@ class Training:
             try:
                 self._run_epochs()
             except (StoppedError, NonFiniteError):  # agreed by all ranks, so all are here
-                if self.progress.exported_epoch is None and self.progress.step > 0:
-                    self._export(0, None)
                 self._checkpoint()
+                self.checkpointer.finish()
+                self._tell()
+                if not self.progress.exported_epoch and self.progress.step > 0:
+                    self._export(0, None)
+                raise
+            except UserError:  # agreed as well; what is being written is not given up
                 self.checkpointer.finish()
                 self._tell()
                 raise
@@ -235,7 +246,12 @@ class Training:
         """Whether the last epoch is the first, or better than all before; without evaluation the newest is."""
         metric = self.task.best_metric
         figures = [row.get(metric, math.inf) for row in self.progress.history if row["epoch"] > 0]
-        return len(figures) == 1 or figures[-1] > max(figures[:-1]) or figures[-1] == math.inf
+        return (
+            not self.progress.exported_epoch
+            or len(figures) == 1
+            or figures[-1] > max(figures[:-1])
+            or figures[-1] == math.inf
+        )
 
     def _export(self, epoch: int, score: Score | None) -> None:
         """Make model/ and the predictions those of `epoch`."""

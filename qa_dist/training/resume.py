@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
 from torch import Tensor
 
 from qa_dist.checkpoint import manifest as manifests
 from qa_dist.checkpoint.manifest import DamagedError, Manifest, damage
 from qa_dist.checkpoint.state import restore, shapes
-from qa_dist.checkpoint.store import Shards, checkpoints, gap
+from qa_dist.checkpoint.store import Shards, gap, step_directories
 from qa_dist.config import FREE_TO_CHANGE, RunConfig
 from qa_dist.errors import UserError, listing
+from qa_dist.reporting.run_directory import read_status
 from qa_dist.training.engine import Engine
 
 DIRECTORY = "checkpoints"
@@ -70,8 +72,18 @@ def find(engine: Engine, output_dir: Path, resume: Resume) -> tuple[Checkpoint |
 
 def _newest(engine: Engine, root: Path) -> tuple[Checkpoint | None, list[str]]:
     notes: list[str] = []
-    own = [one.path.name for one in checkpoints(root)] if engine.is_local_main else []
-    names = sorted({name for names in engine.gather(own) for name in names}, reverse=True)
+    own: list[str] = []
+    problem: str | None = None
+    if engine.is_local_main:
+        try:
+            own = step_directories(root)
+        except OSError as error:
+            problem = f"{root}: cannot be read: {error.strerror}"
+    answers = engine.gather((own, problem))
+    for _, text in answers:
+        if text is not None:
+            raise UserError(text)
+    names = sorted({name for found, _ in answers for name in found}, reverse=True)
     for name in names:
         problem, manifest = _agreed(engine, root / name)
         if manifest is not None:
@@ -111,25 +123,47 @@ def _agreed(engine: Engine, path: Path) -> tuple[str, Manifest | None]:
     return (f"{listing(missing)} is missing", None) if missing else ("", seen[0])
 
 
-def check(manifest: Manifest, config: RunConfig, digest: str, allowed: Iterable[str]) -> list[str]:
-    """Notes on what has changed since the checkpoint. Raises `UserError` where that would change the training."""
-    before, now = _leaves(manifest.config), _leaves(config.model_dump(mode="json"))
-    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+def is_same_run(config: RunConfig) -> bool:
+    """Whether what lies in the run directory is of an unfinished attempt at this very run: it may be started again."""
+    try:
+        before = yaml.safe_load((config.output_dir / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    if not isinstance(before, dict) or read_status(config.output_dir).get("state") == "completed":
+        return False
+    return not _changes(before, config.model_dump(mode="json"))[1]
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], allowed: Iterable[str] = ()) -> tuple[list[str], list[str]]:
+    """The settings that differ: all of them, and those that may not."""
+    then, today = _leaves(before), _leaves(now)
+    changed = [key for key in sorted(then.keys() | today.keys()) if then.get(key) != today.get(key)]
     free = (*FREE_TO_CHANGE, *allowed)
-    refused = [key for key in changed if not any(key == name or key.startswith(f"{name}.") for name in free)]
+    return changed, [key for key in changed if not any(key == name or key.startswith(f"{name}.") for name in free)]
+
+
+def check_settings(manifest: Manifest, config: RunConfig, allowed: Iterable[str]) -> list[str]:
+    """Notes on what has changed since the checkpoint. Raises `UserError` where that would change the training."""
+    values = config.model_dump(mode="json")
+    before, now = _leaves(manifest.config), _leaves(values)
+    changed, refused = _changes(manifest.config, values, allowed)
     if refused:
         lines = "\n".join(f"  - {key}: {before.get(key)} then, {now.get(key)} now" for key in refused)
         raise UserError(
             f"the checkpoint of step {manifest.step} was trained with other settings:\n{lines}\nSet them back, or say "
             f"that it is meant: --allow_changed {','.join(refused)}"
         )
+    notable = [key for key in changed if key.split(".")[0] not in ("run", "checkpoint")]
+    return [f"{key}: {before.get(key)} before, {now.get(key)} now" for key in notable]
+
+
+def check_data(manifest: Manifest, digest: str, allowed: Iterable[str]) -> None:
+    """Raise `UserError` unless the training data are those of the checkpoint."""
     if manifest.data != digest and "data" not in allowed:
         raise UserError(
             f"the checkpoint of step {manifest.step} was trained on other data: the windows, their tokens or their "
             "labels differ. Name the same files, or say that it is meant: --allow_changed data"
         )
-    notable = [key for key in changed if key.split(".")[0] not in ("run", "checkpoint")]
-    return [f"{key}: {before.get(key)} before, {now.get(key)} now" for key in notable]
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -175,9 +209,9 @@ def load(engine: Engine, checkpoint: Checkpoint) -> None:
         parts = []
         for (_, count, file, stored), rank in sorted(holders[key].items()):
             if rank == engine.rank:
-                part = shards.piece(file, stored).flatten().to(engine.device)
+                part = shards.piece(file, stored).flatten().to(engine.device, torch.float32)
             else:
-                part = torch.empty(count, device=engine.device)
+                part = torch.empty(count, device=engine.device)  # float32, as all but a few small buffers are
             dist.broadcast(part, rank)
             parts.append(part)
         return torch.cat(parts).view(expected[key]).cpu()

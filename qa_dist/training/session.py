@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from qa_dist.checkpoint.store import tidy
+from qa_dist.checkpoint.store import recover, tidy
 from qa_dist.config import RunConfig
 from qa_dist.config_sources import to_yaml
 from qa_dist.errors import TrainingError
@@ -22,7 +22,7 @@ from qa_dist.training.loop import Training
 from qa_dist.training.micro_batch import micro_batch_size
 from qa_dist.training.models import build_model
 from qa_dist.training.preemption import StopRequest
-from qa_dist.training.resume import DIRECTORY, Checkpoint, Resume, check, find
+from qa_dist.training.resume import DIRECTORY, Checkpoint, Resume, check_data, check_settings, find, is_same_run
 
 
 def train(config: RunConfig, launch: LaunchEnvironment, resume: Resume) -> None:
@@ -35,8 +35,7 @@ def train(config: RunConfig, launch: LaunchEnvironment, resume: Resume) -> None:
         digest = parts.sets["train"].digest()
         if checkpoint is not None:
             parts.tracker.say(f"going on from {checkpoint.path} (step {checkpoint.manifest.step})")
-            for note in check(checkpoint.manifest, config, digest, resume.allow_changed):
-                parts.tracker.say(f"changed: {note}")
+            check_data(checkpoint.manifest, digest, resume.allow_changed)
         size, notes = micro_batch_size(config.train, engine, parts.task, parts.model, parts.sets["train"])
         for note in notes:
             parts.tracker.say(note)
@@ -44,8 +43,16 @@ def train(config: RunConfig, launch: LaunchEnvironment, resume: Resume) -> None:
         engine.prepare(parts.model, config)
         training = Training(config, engine, parts.task, run, parts.tracker, stop, parts.sets, size, flops, digest)
         if checkpoint is not None:
-            training.resume(checkpoint)
+            in_place = _is_in(checkpoint, config)
+            training.resume(checkpoint, in_place=in_place)
+            kept = checkpoint.manifest.progress.get("metrics_bytes", 0) if in_place else 0
+            engine.on_main(lambda: run.go_on(to_yaml(config), kept))
         training.fit()
+
+
+def _is_in(checkpoint: Checkpoint, config: RunConfig) -> bool:
+    """Whether the checkpoint lies in the run's own directory."""
+    return checkpoint.path.absolute().parent == (config.output_dir / DIRECTORY).absolute()
 
 
 def evaluate_only(config: RunConfig, launch: LaunchEnvironment) -> None:
@@ -74,11 +81,16 @@ def _session(
     run = RunDirectory(config.output_dir, engine.is_main)
     stop = StopRequest()
     with stop.listening():
-        checkpoint, notes = find(engine, config.output_dir, resume)
         root = config.output_dir / DIRECTORY
-        goes_on = checkpoint is not None and checkpoint.path.absolute().parent == root.absolute()
-        going_on = checkpoint.manifest.progress.get("metrics_bytes", 0) if checkpoint is not None and goes_on else None
-        engine.on_main(lambda: run.open(to_yaml(config), engine.description, going_on=going_on))
+        if resume.is_auto and engine.is_local_main:
+            recover(root)
+        checkpoint, notes = find(engine, config.output_dir, resume)
+        goes_on = checkpoint is not None and _is_in(checkpoint, config)
+        if checkpoint is not None:
+            notes += [f"changed: {note}" for note in check_settings(checkpoint.manifest, config, resume.allow_changed)]
+            run.step = checkpoint.manifest.step
+        is_own = goes_on or (checkpoint is None and resume.is_auto and is_same_run(config))
+        engine.on_main(lambda: run.open(to_yaml(config), engine.description, is_own=is_own, goes_on=goes_on))
         if engine.is_local_main:
             tidy(root)
         for note in notes:

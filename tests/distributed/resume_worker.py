@@ -39,7 +39,7 @@ def main() -> None:
     training = Training(config, engine, task, run, tracker, StopRequest(), {"train": features}, share, None, "")
     found = {}
     for path in paths:
-        training.resume(Checkpoint(path, Manifest.read(path)))
+        training.resume(Checkpoint(path, Manifest.read(path)), in_place=False)
         progress = dataclasses.replace(training.progress)
         batches = training._plan(progress.epoch)[progress.batches_done :]
         losses = []

@@ -115,6 +115,56 @@ def test_a_stopped_run_goes_on_where_it_stopped(launcher: Launcher, finished: Pa
     assert losses(run) == losses(finished)
 
 
+def test_nothing_of_a_killed_run_is_overwritten_without_asking(cut_off: Path, capsys):
+    """Whatever its status says: that of a run that was killed is old."""
+    status = json.loads((cut_off / "status.json").read_text())
+    (cut_off / "status.json").write_text(json.dumps(status | {"step": 0}))
+    shutil.rmtree(cut_off / "model")
+    before = {path: path.read_bytes() for path in cut_off.rglob("*") if path.is_file()}
+    code, _, message = train(capsys, cut_off)
+    assert code == 2
+    assert "go on with it (--resume auto)" in message
+    refused = train(capsys, cut_off, "--resume", "auto", "--train.seed", 7)[0]
+    assert refused == 2
+    assert {path: path.read_bytes() for path in cut_off.rglob("*") if path.is_file()} == before
+
+
+def test_auto_starts_again_where_no_checkpoint_was_finished(cut_off: Path, finished: Path, capsys):
+    for directory in (cut_off / "checkpoints").iterdir():
+        (directory / "manifest.json").unlink()
+    code, shown, message = train(capsys, cut_off, "--resume", "auto")
+    assert code == 0, message
+    assert "it was not finished" in shown
+    assert losses(cut_off) == losses(finished)
+    code, _, message = train(capsys, cut_off.parent / "other", "--train.seed", 1)
+    assert code == 0
+    shutil.rmtree(cut_off.parent / "other/checkpoints")
+    code, _, message = train(capsys, cut_off.parent / "other", "--resume", "auto")
+    assert code == 2
+    assert "holds another run" in message
+
+
+def test_a_kill_between_two_renames_loses_nothing(cut_off: Path, finished: Path, capsys):
+    newest = cut_off / "checkpoints/step_00000024"
+    newest.rename(newest.with_name(".step_00000024.old"))
+    code, shown, _ = train(capsys, cut_off, "--resume", "auto")
+    assert code == 0
+    assert "(step 24)" in shown
+    assert losses(cut_off) == losses(finished)
+
+
+def test_a_signal_before_the_first_step(launcher: Launcher, tmp_path: Path):
+    """There is no state to keep yet, and no error but the signal."""
+    run = tmp_path / "run"
+    flags = [*FLAGS, "--run.output_dir", str(run), "--evaluation.at_start", "true"]
+    process = launcher.start([sys.executable, "-m", "qa_dist", "train", *flags])
+    wait_for(process, lambda: (run / "status.json").is_file())
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert "Traceback" not in output
+
+
 # ------------------------------------------------------------------------------------------ changed settings
 
 
@@ -178,6 +228,10 @@ def empty(run: Path) -> None:
     manifest_of(run).write_text("")
 
 
+def no_progress(run: Path) -> None:
+    change_manifest(run, score="high")
+
+
 def change_manifest(run: Path, **values: Any) -> None:
     manifest_of(run).write_text(json.dumps(json.loads(manifest_of(run).read_text()) | values))
 
@@ -200,6 +254,7 @@ def twice(run: Path) -> None:
         (empty, "its manifest cannot be read"),
         (escape, "its manifest names a file outside of its directory: '../step_00000020"),
         (twice, "its manifest is that of step 20"),
+        (no_progress, "its manifest is incomplete"),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over(

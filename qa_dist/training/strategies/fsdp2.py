@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from qa_dist.checkpoint.state import MOMENTS, Part
@@ -33,22 +33,16 @@ class FullyShardedDataParallel(Strategy):
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         device = self.accelerator.device
         low = torch.bfloat16 if self.casts_weights else None
-        offloads = _flag("FSDP_OFFLOAD_PARAMS", default=False)
         options: dict[str, Any] = {
             "mesh": init_device_mesh(device.type, (self.accelerator.num_processes,)),
             "reshard_after_forward": _flag("FSDP_RESHARD_AFTER_FORWARD", default=True),
             "mp_policy": MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32),
-            "offload_policy": CPUOffloadPolicy() if offloads else OffloadPolicy(),
         }
-        if not offloads:
-            model.to(device)
+        model.to(device)
         for layer in transformer_layers(model):
             fully_shard(layer, **options)
         fully_shard(model, **options)  # in place
         self.model = model
-        if offloads:
-            for buffer in model.buffers():
-                buffer.data = buffer.data.to(device)
         self.optimizer = make_optimizer(self.model)
 
     @contextlib.contextmanager
@@ -85,10 +79,7 @@ class FullyShardedDataParallel(Strategy):
     def _whole(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):
             return tensor
-        local: Any = tensor
-        if self.accelerator.device.type != "cpu":
-            local = local.to(self.accelerator.device)  # an offloaded shard travels over the device's network
-        return local.full_tensor()
+        return tensor.full_tensor()
 
     def restore(self, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
         self._set(parameter.data, values["weight"])
