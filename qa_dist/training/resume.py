@@ -1,5 +1,6 @@
 """Going on where an earlier run was: which checkpoint, whether it fits, and how its tensors come back."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from qa_dist.checkpoint import manifest as manifests
 from qa_dist.checkpoint.manifest import DamagedError, Manifest, damage
@@ -19,6 +21,8 @@ from qa_dist.errors import UserError, listing
 from qa_dist.reporting.run_directory import read_status
 from qa_dist.training.engine import Engine
 
+PASSING = ("_name_or_path", "architectures", "dtype", "transformers_version")
+"""What a model's config says of where it comes from, not of what it computes."""
 DIRECTORY = "checkpoints"
 """Where they lie in a run directory."""
 
@@ -155,6 +159,32 @@ def check_settings(manifest: Manifest, config: RunConfig, allowed: Iterable[str]
         )
     notable = [key for key in changed if key.split(".")[0] not in ("run", "checkpoint")]
     return [f"{key}: {before.get(key)} before, {now.get(key)} now" for key in notable]
+
+
+def check_model(engine: Engine, checkpoint: Checkpoint, model_config: PretrainedConfig, allowed: Iterable[str]) -> None:
+    """Raise `UserError` unless the model's own config is that of the checkpoint: tensors of the same shapes may belong
+    to another dropout or activation."""
+    path = checkpoint.path / "config.json"
+    now = json.loads(model_config.to_json_string(use_diff=False))
+    before = next((found for found in engine.gather(_json(path)) if found is not None), now)
+    differing = [
+        f"{key}: {before[key]} then, {now[key]} now"
+        for key in sorted(before.keys() & now.keys())
+        if key not in PASSING and before[key] != now[key]
+    ]
+    if differing and "model" not in allowed:
+        raise UserError(
+            f"the checkpoint of step {checkpoint.manifest.step} is of another model: {listing(differing)}. Name the "
+            "same one, or say that it is meant: --allow_changed model"
+        )
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def check_data(manifest: Manifest, digest: str, allowed: Iterable[str]) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,7 +22,16 @@ from qa_dist.training.loop import Training
 from qa_dist.training.micro_batch import micro_batch_size
 from qa_dist.training.models import build_model
 from qa_dist.training.preemption import StopRequest
-from qa_dist.training.resume import DIRECTORY, Checkpoint, Resume, check_data, check_settings, find, is_same_run
+from qa_dist.training.resume import (
+    DIRECTORY,
+    Checkpoint,
+    Resume,
+    check_data,
+    check_model,
+    check_settings,
+    find,
+    is_same_run,
+)
 
 
 def train(config: RunConfig, launch: LaunchEnvironment, resume: Resume) -> None:
@@ -36,6 +45,8 @@ def train(config: RunConfig, launch: LaunchEnvironment, resume: Resume) -> None:
         if checkpoint is not None:
             parts.tracker.say(f"going on from {checkpoint.path} (step {checkpoint.manifest.step})")
             check_data(checkpoint.manifest, digest, resume.allow_changed)
+            plain: Any = parts.model
+            check_model(engine, checkpoint, plain.config, resume.allow_changed)
         size, notes = micro_batch_size(config.train, engine, parts.task, parts.model, parts.sets["train"])
         for note in notes:
             parts.tracker.say(note)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -12,8 +13,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -165,6 +168,31 @@ def test_a_signal_before_the_first_step(launcher: Launcher, tmp_path: Path):
     assert "Traceback" not in output
 
 
+def test_minutes_are_those_of_the_main_process(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    clock = iter(range(0, 10_000, 20))  # 20 seconds each time that anyone looks
+    fake = SimpleNamespace(monotonic=lambda: next(clock))
+    monkeypatch.setattr("qa_dist.training.checkpointer.time", fake)
+    flags = ("--checkpoint.every", "1 minute", "--checkpoint.keep_last", 50)
+    assert train(capsys, tmp_path / "run", *flags)[0] == 0
+    steps = [int(path.name[-8:]) for path in sorted((tmp_path / "run/checkpoints").iterdir())]
+    assert len(steps) > 4
+    assert steps[-1] == 26  # at the end, whatever the clock says
+    assert set(np.diff(steps[:-1])) == {3}
+
+
+def test_a_loss_that_is_no_number_leaves_the_state_before_it(tmp_path: Path, capsys):
+    code, _, message = train(capsys, tmp_path / "run", "--train.learning_rate", "1e30", "--train.warmup_ratio", 0)
+    assert code == 1
+    found = re.search(r"the (?:loss is \w+|gradient holds .*?) at step (\d+)", message)
+    assert found, message
+    step = int(found[1])
+    assert "on rank 0 for " in message or "though all losses are numbers" in message
+    assert step > 1
+    tensors = load_file(shard_of(tmp_path / "run", step - 1))
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
+
+
 # ------------------------------------------------------------------------------------------ changed settings
 
 
@@ -180,6 +208,32 @@ def test_changes_that_matter_are_refused_unless_named(cut_off: Path, tmp_path: P
     code, shown, _ = train(capsys, other, "--resume", cut_off, *change, *named)
     assert code == 0
     assert "changed: train.seed: 42 before, 7 now" in shown
+
+
+def test_another_shape_of_the_model_is_refused(cut_off: Path, tmp_path: Path, capsys):
+    """A pretrained model may lie elsewhere, but its own config has to be the same."""
+    step = cut_off / "checkpoints/step_00000024"
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model").mkdir(exist_ok=True)
+        shutil.copy(step / file, tmp_path / "model" / file)
+    save_file(
+        {
+            key.removeprefix("weight/"): tensor
+            for key, tensor in load_file(shard_of(cut_off)).items()
+            if "weight/" in key
+        },
+        tmp_path / "model/model.safetensors",
+        metadata={"format": "pt"},
+    )
+    flags = [flag for flag in FLAGS if flag not in ("--model.config", DROPOUT, "--model.vocab_size", "600")]
+    allowed = ("--allow_changed", "model.config,model.vocab_size")
+    command = ["train", *flags, "--model", tmp_path / "model", "--resume", cut_off, *allowed]
+    assert qa_dist(capsys, *command, "--run.output_dir", tmp_path / "same")[0] == 0
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"hidden_dropout_prob": 0.3}))
+    code, _, message = qa_dist(capsys, *command, "--run.output_dir", tmp_path / "other")
+    assert code == 2
+    assert "hidden_dropout_prob: 0.1 then, 0.3 now" in message
 
 
 def test_other_data_are_refused(cut_off: Path, capsys):
