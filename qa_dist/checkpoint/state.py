@@ -7,7 +7,7 @@ whole: saving needs no communication.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -112,25 +112,44 @@ class HostCopies:
         if not self.shapes:
             self.shapes = shapes(model)
             self._owners = owners(self.shapes, self.world_size)
-        owner = self._owners
+        owner, copies = self._owners, _Copies()
         for name, parameter in model.named_parameters():
             for kind in ("weight", *(MOMENTS if parameter.requires_grad else ())):
                 key, part = f"{kind}/{name}", spread.part(parameter, kind)
                 if part is None or (part.start is None and owner[key] != self.rank):
                     continue
-                self._copy(key if part.start is None else f"{key}:{part.start}", part.tensor, torch.float32)
+                own = key if part.start is None else f"{key}:{part.start}"
+                copies.add(self._buffer(own, part.tensor, torch.float32), part.tensor)
         for name, buffer in _buffers(model):
             if owner[f"buffer/{name}"] == self.rank:
-                self._copy(f"buffer/{name}", buffer, buffer.dtype)
+                copies.add(self._buffer(f"buffer/{name}", buffer, buffer.dtype), buffer)
+        copies.make()
         if self._from_gpu:
             torch.cuda.synchronize()
         return self.tensors
 
-    def _copy(self, name: str, source: Tensor, dtype: torch.dtype) -> None:
+    def _buffer(self, name: str, source: Tensor, dtype: torch.dtype) -> Tensor:
         if name not in self.tensors:
             self.tensors[name] = torch.empty(source.shape, dtype=dtype, pin_memory=source.is_cuda)
-        self._from_gpu |= source.is_cuda
-        self.tensors[name].copy_(source.detach(), non_blocking=True)
+            self._from_gpu |= source.is_cuda
+        return self.tensors[name]
+
+
+class _Copies:
+    """Copies to be made all at once."""
+
+    def __init__(self) -> None:
+        self.targets: list[Tensor] = []
+        self.sources: list[Tensor] = []
+
+    def add(self, target: Tensor, source: Tensor) -> None:
+        self.targets.append(target)
+        self.sources.append(source.detach())
+
+    def make(self) -> None:
+        if self.targets:
+            copy: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+            copy(self.targets, self.sources, non_blocking=True)
 
 
 def restore(spread: Spread, read: Callable[[str], Tensor]) -> None:

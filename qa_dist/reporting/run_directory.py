@@ -124,7 +124,9 @@ class RunDirectory:
     def go_on(self, config_yaml: str, metrics_bytes: int) -> None:
         """Write the config, and keep so many bytes of metrics.jsonl: what comes after them is done again."""
         if self.is_main:
-            if self.metrics_bytes > metrics_bytes:
+            if metrics_bytes == 0:
+                (self.path / "metrics.jsonl").unlink(missing_ok=True)
+            elif self.metrics_bytes > metrics_bytes:
                 os.truncate(self.path / "metrics.jsonl", metrics_bytes)
             self.write("config.yaml", config_yaml)
 

@@ -84,7 +84,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_files_of_a_run(run: Path):
     assert {path.name for path in run.iterdir()} == {
-        *("config.yaml", "metrics.json", "metrics.jsonl", "model", "nbest_predictions.json", "predictions.json"),
+        *(
+            "checkpoints",
+            "config.yaml",
+            "metrics.json",
+            "metrics.jsonl",
+            "model",
+            "nbest_predictions.json",
+            "predictions.json",
+        ),
         *("status.json", "tensorboard"),
     }
     status = json.loads((run / "status.json").read_text())

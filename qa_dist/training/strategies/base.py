@@ -51,6 +51,7 @@ class Strategy(ABC):
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.max_grad_norm = NO_CLIPPING
+        self._plain: Any = None
 
     @abstractmethod
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
@@ -111,5 +112,6 @@ class Strategy(ABC):
 
     def plain_model(self) -> nn.Module:
         """The model without what it was wrapped in; its parameters may be shards."""
-        plain: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        return plain
+        if self._plain is None:
+            self._plain = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return self._plain
