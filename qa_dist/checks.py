@@ -46,9 +46,19 @@ def _evaluate_requirements(config: RunConfig) -> list[Problem]:
     return problems
 
 
+Rule = tuple[tuple[str, ...], bool, str]
+"""The settings that it is about, whether it is broken, and what to say then."""
+
+
 def combinations(config: RunConfig) -> list[Problem]:
-    data, model, train = config.data, config.model, config.train
-    rules = [
+    """Settings that are right by themselves, but not together."""
+    rules = [*_data_rules(config), *_training_rules(config)]
+    return [Problem(keys, message) for keys, broken, message in rules if broken]
+
+
+def _data_rules(config: RunConfig) -> list[Rule]:
+    data, model = config.data, config.model
+    return [
         (
             ("data.stride", "data.max_length"),
             data.stride >= data.max_length,
@@ -86,6 +96,12 @@ def combinations(config: RunConfig) -> list[Problem]:
             model.config is not None and not isinstance(model.config.get("model_type"), str),
             "model.config: has no model_type; add one, such as bert",
         ),
+    ]
+
+
+def _training_rules(config: RunConfig) -> list[Rule]:
+    data, model, train = config.data, config.model, config.train
+    return [
         (
             ("train.micro_batch_size", "train.global_batch_size"),
             isinstance(train.micro_batch_size, int)
@@ -119,7 +135,6 @@ def combinations(config: RunConfig) -> list[Problem]:
             f"({data.max_length}); raise it",
         ),
     ]
-    return [Problem(keys, message) for keys, broken, message in rules if broken]
 
 
 FOR_COMMAND: dict[str, list[Check]] = {

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from qa_dist import __version__, checks
 from qa_dist.config import RunConfig
-from qa_dist.config_sources import Problem, Source, from_flags, from_yaml, reference, resolve, to_yaml
+from qa_dist.config_sources import Problem, Source, from_flags, from_yaml, leaves, reference, resolve, to_yaml
 from qa_dist.errors import UserError
 
 COMMANDS = {
@@ -121,8 +121,21 @@ def _run(command: str, sources: list[Source], options: dict[str, str | None]) ->
     from qa_dist.training.export import exported_settings
     from qa_dist.training.resume import Resume
 
+    if command == "doctor":
+        from qa_dist import doctor
+
+        return doctor.examine(resolve(sources), launch)
+    if command == "prepare":
+        return _prepare(resolve(sources, [checks.paths, *checks.FOR_COMMAND["train"]]))
     allow_changed = tuple(name for name in (options.get("allow_changed") or "").split(",") if name)
     resume = Resume(options.get("resume") or "none", allow_changed)
+
+    def changes_are_settings(config: RunConfig) -> list[Problem]:
+        return [
+            Problem((name,), f"--allow_changed: there is no setting {name!r}")
+            for name in allow_changed
+            if not any(key == name or key.startswith(f"{name}.") for key, _ in leaves())
+        ]
 
     def output_dir_is_free(config: RunConfig) -> list[Problem]:
         try:
@@ -136,24 +149,16 @@ def _run(command: str, sources: list[Source], options: dict[str, str | None]) ->
             return [Problem(("run.output_dir",), str(error))]
         return []
 
-    if command == "doctor":
-        from qa_dist import doctor
-
-        return doctor.examine(resolve(sources), launch)
-    if command == "prepare":
-        return _prepare(resolve(sources, [checks.paths, *checks.FOR_COMMAND["train"]]))
     if command == "evaluate" and (model := _model_name(sources)):
         trained = Source()
         trained.put("model.config", None, model)  # the config file may be the one that the model was trained with
         sources = [exported_settings(model), *sources, trained]
-    to_check = [launch.problems, output_dir_is_free]
+    to_check = [launch.problems, output_dir_is_free, changes_are_settings]
     if command == "train":
         to_check.append(launch.training_problems)
     if not any(problem.keys == () for source in sources for problem in source.problems):
-        to_check += [
-            checks.paths,
-            *checks.FOR_COMMAND[command],
-        ]  # what a file that cannot be read might have set is not "missing"
+        # what a file that cannot be read might have set is not "missing"
+        to_check += [checks.paths, *checks.FOR_COMMAND[command]]
     config = resolve(sources, to_check)
     try:
         if command == "train":

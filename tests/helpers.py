@@ -15,6 +15,7 @@ import yaml
 
 from qa_dist.tasks.question_answering.data import Example, Examples
 from qa_dist.tasks.question_answering.features import QuestionAnsweringFeatures, build_features
+from qa_dist.tasks.task import FeatureSet
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -30,6 +31,38 @@ TINY_BERT = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
+
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 130,
+}
+"""Of the models that tests of several families make."""
+
+DISTIL_SIZES = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 130}
+"""The same in DistilBERT's words."""
+
+
+class Numbered(FeatureSet):
+    """Features without examples behind them: a name is the feature's number."""
+
+    fingerprint = ""
+
+    @property
+    def notes(self) -> list[str]:
+        return []
+
+    def digest(self) -> str:
+        return ""
+
+    def summary(self) -> dict[str, str]:
+        return {}
+
+    def names(self, indices: Any) -> list[str]:
+        return [str(i) for i in indices]
 
 
 @dataclass

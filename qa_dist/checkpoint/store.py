@@ -78,7 +78,7 @@ def write_shard(directory: Path, name: str, tensors: dict[str, Tensor]) -> File:
     return File.of(path)
 
 
-def write_companions(directory: Path, write: Callable[[Path], object]) -> dict[str, File]:
+def add_files(directory: Path, write: Callable[[Path], object]) -> dict[str, File]:
     """Let `write` add flat files to `directory`, and wait until they are on the disk. Returns those it has added."""
     with tempfile.TemporaryDirectory(dir=directory, prefix=".companions") as name:
         write(Path(name))

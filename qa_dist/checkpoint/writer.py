@@ -12,11 +12,11 @@ from torch import Tensor
 
 from qa_dist.checkpoint.manifest import File, Manifest
 from qa_dist.checkpoint.store import (
+    add_files,
     directory_name,
     put_in_place,
     shard_name,
     thin_out,
-    write_companions,
     write_manifest,
     write_shard,
 )
@@ -118,7 +118,7 @@ class CheckpointWriter:
                 name = shard_name(self.rank, self.world_size)
                 written[name] = write_shard(temporary, name, tensors)
             if self.rank == 0:
-                written |= write_companions(temporary, self.companions)
+                written |= add_files(temporary, self.companions)
             return written
 
         _, problems = self._all(clear)

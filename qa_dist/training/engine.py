@@ -56,7 +56,7 @@ COMPILED_SHAPES = 64
 class Engine:
     """One process's part in a run.
 
-    `start` joins the processes; `prepare` puts a model (and its optimizer) on them.
+    Making one joins the processes; `prepare` puts a model (and its optimizer) on them.
     """
 
     strategy: Strategy

@@ -88,6 +88,29 @@ class Meter:
     data_seconds: float = 0.0
     """Time in which this process waited for its next batch."""
 
+    def add(
+        self,
+        loss: float | None,
+        *,
+        samples: int,
+        tokens: int,
+        padded_tokens: int,
+        flops: float,
+        times: tuple[float, float],
+    ) -> None:
+        """Count one more step; `loss` is None where it was skipped, `times` its seconds and those spent waiting."""
+        self.steps += 1
+        if loss is None:
+            self.skipped += 1
+        else:
+            self.losses.append(loss)
+        self.samples += samples
+        self.tokens += tokens
+        self.padded_tokens += padded_tokens
+        self.flops += flops
+        self.seconds += times[0]
+        self.data_seconds += times[1]
+
     def figures(self, world_size: int, peak: float | None) -> dict[str, float]:
         """The sums as rates and shares; `peak` is the FLOP/s of one device."""
         steps, seconds = max(self.steps, 1), max(self.seconds, 1e-9)

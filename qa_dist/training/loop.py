@@ -194,26 +194,25 @@ class Training:
             self.tracker.say(text)
 
     def _count(self, result: StepResult, batch: Indices, seconds: float, waited: float) -> None:
-        progress, meter = self.progress, self.progress.meter
+        progress = self.progress
         progress.step += 1
         progress.batches_done += 1
         self.run.step = progress.step
         progress.train_seconds += seconds
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
-        lengths = self.training_set.lengths[batch]
-        meter.steps += 1
-        meter.skipped += result.skipped
         if not result.skipped:
             progress.updates += 1
             progress.loss_sum += result.loss
             progress.loss_count += 1
-            meter.losses.append(result.loss)
-        meter.samples += len(batch)
-        meter.tokens += int(lengths.sum())
-        meter.padded_tokens += result.padded_tokens
-        meter.flops += self.flops(lengths) if self.flops else 0.0
-        meter.seconds += seconds
-        meter.data_seconds += waited
+        lengths = self.training_set.lengths[batch]
+        progress.meter.add(
+            None if result.skipped else result.loss,
+            samples=len(batch),
+            tokens=int(lengths.sum()),
+            padded_tokens=result.padded_tokens,
+            flops=self.flops(lengths) if self.flops else 0.0,
+            times=(seconds, waited),
+        )
         self.tracker.advance()
         if progress.skipped_in_a_row >= self.config.train.max_skipped_steps:
             raise TrainingError(

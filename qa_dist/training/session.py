@@ -39,8 +39,9 @@ def train(config: RunConfig, launch: LaunchEnvironment, resume: Resume) -> None:
 
     Raises `UserError` for what the user can mend, and `StoppedError` after a signal.
     """
-    with _session(config, launch, resume) as (engine, run, stop, checkpoint):
-        parts = _load(config, engine, run, stop, ("train", "validation"))
+    with _session(config, launch, resume) as session:
+        engine, run, checkpoint = session.engine, session.run, session.checkpoint
+        parts = _load(config, session, ("train", "validation"))
         digest = parts.sets["train"].digest()
         if checkpoint is not None:
             parts.tracker.say(f"going on from {checkpoint.path} (step {checkpoint.manifest.step})")
@@ -52,7 +53,9 @@ def train(config: RunConfig, launch: LaunchEnvironment, resume: Resume) -> None:
             parts.tracker.say(note)
         flops = FlopsPerWindow.of(parts.model)
         engine.prepare(parts.model, config)
-        training = Training(config, engine, parts.task, run, parts.tracker, stop, parts.sets, size, flops, digest)
+        training = Training(
+            config, engine, parts.task, run, parts.tracker, session.stop, parts.sets, size, flops, digest
+        )
         if checkpoint is not None:
             in_place = _is_in(checkpoint, config)
             training.resume(checkpoint, in_place=in_place)
@@ -68,10 +71,11 @@ def _is_in(checkpoint: Checkpoint, config: RunConfig) -> bool:
 
 def evaluate_only(config: RunConfig, launch: LaunchEnvironment) -> None:
     """Evaluate a trained model, and leave metrics and predictions in the run directory. Raises as `train` does."""
-    with _session(config, launch, Resume()) as (engine, run, stop, _):
-        parts = _load(config, engine, run, stop, ("validation",))
+    with _session(config, launch, Resume()) as session:
+        engine, run = session.engine, session.run
+        parts = _load(config, session, ("validation",))
         engine.prepare_for_evaluation(parts.model, config)
-        score = evaluate(engine, parts.task, parts.sets["validation"], config.evaluation.batch_size, stop)
+        score = evaluate(engine, parts.task, parts.sets["validation"], config.evaluation.batch_size, session.stop)
 
         def write() -> None:
             run.write_json("metrics.json", score.metrics)
@@ -83,10 +87,18 @@ def evaluate_only(config: RunConfig, launch: LaunchEnvironment) -> None:
         parts.tracker.say(f"done: {run.path}")
 
 
+class _Session(NamedTuple):
+    engine: Engine
+    run: RunDirectory
+    stop: StopRequest
+    checkpoint: Checkpoint | None
+    """What to go on from."""
+    notes: list[str]
+    """What to say about that."""
+
+
 @contextlib.contextmanager
-def _session(
-    config: RunConfig, launch: LaunchEnvironment, resume: Resume
-) -> Iterator[tuple[Engine, RunDirectory, StopRequest, Checkpoint | None]]:
+def _session(config: RunConfig, launch: LaunchEnvironment, resume: Resume) -> Iterator[_Session]:
     """The processes joined, signals listened to, a run directory that will tell how the run ends, what to resume."""
     engine = Engine(launch, config.run.timeout_minutes)
     run = RunDirectory(config.output_dir, engine.is_main)
@@ -104,12 +116,9 @@ def _session(
         engine.on_main(lambda: run.open(to_yaml(config), engine.description, is_own=is_own, goes_on=goes_on))
         if engine.is_local_main:
             tidy(root)
-        for note in notes:
-            if engine.is_main:
-                print(f"note: {note}", flush=True)  # noqa: T201 -- there is no tracker yet
         with run.recorded():
             try:
-                yield engine, run, stop, checkpoint
+                yield _Session(engine, run, stop, checkpoint, notes)
             except torch.OutOfMemoryError as error:
                 raise TrainingError(
                     f"the memory of the GPU does not suffice: {str(error).split('. ')[0]}. Set train.micro_batch_size "
@@ -133,8 +142,9 @@ class _Parts(NamedTuple):
     tracker: Tracker
 
 
-def _load(config: RunConfig, engine: Engine, run: RunDirectory, stop: StopRequest, splits: tuple[str, ...]) -> _Parts:
+def _load(config: RunConfig, session: _Session, splits: tuple[str, ...]) -> _Parts:
     """The task, the features of `splits` and the model, the same on all ranks."""
+    engine, stop = session.engine, session.stop
     task = engine.local_main_first(lambda: load_task(config))
     sets: dict[str, FeatureSet] = {}
     for split in splits:
@@ -147,7 +157,9 @@ def _load(config: RunConfig, engine: Engine, run: RunDirectory, stop: StopReques
     if config.model.attention == "varlen":
         notes += engine.use_packed_attention(model)
     stop.raise_if_any(engine)
-    tracker = Tracker(run, task.headline)
+    tracker = Tracker(session.run, task.headline)
+    for note in session.notes:
+        tracker.say(f"note: {note}")
     _introduce(tracker, engine, model, notes, sets)
     return _Parts(task, sets, model, tracker)
 

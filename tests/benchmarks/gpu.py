@@ -24,13 +24,14 @@ from transformers import AutoConfig, AutoModelForQuestionAnswering
 
 from qa_dist.config import RunConfig
 from qa_dist.tasks.question_answering.task import QuestionAnswering
-from qa_dist.tasks.task import Batch, FeatureSet
+from qa_dist.tasks.task import Batch
 from qa_dist.training.batching import plan_epoch
 from qa_dist.training.engine import Engine
 from qa_dist.training.health import FlopsPerWindow, peak_flops, peak_memory
 from qa_dist.training.launch_environment import LaunchEnvironment
 from qa_dist.training.preemption import StopRequest
 from qa_dist.training.step import Step
+from tests.helpers import Numbered
 
 ROOT = Path(__file__).parents[2]
 MAX_LENGTH = 384
@@ -41,29 +42,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-class RandomWindows(FeatureSet):
+class RandomWindows(Numbered):
     """Random tokens in windows of the given lengths."""
-
-    fingerprint = ""
 
     def __init__(self, lengths: np.ndarray, pad_all: bool, vocabulary: int):
         """`pad_all`: to `MAX_LENGTH`, as example scripts do."""
         self.lengths = lengths
         self.pad_all = pad_all
         self.vocabulary = vocabulary
-
-    @property
-    def notes(self) -> list[str]:
-        return []
-
-    def digest(self) -> str:
-        return ""
-
-    def summary(self) -> dict[str, str]:
-        return {}
-
-    def names(self, indices) -> list[str]:
-        return [str(i) for i in indices]
 
     def collate(self, indices, multiple: int = 8) -> Batch:
         lengths = torch.from_numpy(self.lengths[indices])

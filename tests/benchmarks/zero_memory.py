@@ -16,18 +16,11 @@ from transformers import AutoConfig, AutoModelForQuestionAnswering
 from qa_dist.config import RunConfig
 from qa_dist.training.engine import Engine
 from qa_dist.training.launch_environment import LaunchEnvironment
+from tests.benchmarks.checkpoint import SHAPE
 from tests.helpers import Launcher
 
 ENGINES = {"ddp": "DDP", "zero0": "ZeRO-0", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
 RANKS = (1, 2, 4)
-SHAPE = {
-    "model_type": "bert",
-    "hidden_size": 384,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 6,
-    "intermediate_size": 1536,
-    "vocab_size": 8000,
-}
 
 
 def held(tensor: torch.Tensor) -> int:

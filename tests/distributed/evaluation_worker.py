@@ -10,35 +10,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from qa_dist.tasks.task import Batch, FeatureSet
+from qa_dist.tasks.task import Batch
 from qa_dist.training.engine import Engine
 from qa_dist.training.evaluation import collect
 from qa_dist.training.launch_environment import LaunchEnvironment
 from qa_dist.training.preemption import StopRequest
+from tests.helpers import Numbered
 
 BATCH_SIZE = 3
 
 
-class Numbers(FeatureSet):
+class Numbers(Numbered):
     """Feature i is the number i, as often as its length says."""
-
-    fingerprint = ""
 
     def __init__(self, count: int):
         self.lengths = 1 + np.arange(count) * 7 % 11
-
-    @property
-    def notes(self) -> list[str]:
-        return []
-
-    def digest(self) -> str:
-        return ""
-
-    def summary(self) -> dict[str, str]:
-        return {}
-
-    def names(self, indices) -> list[str]:
-        return [str(i) for i in indices]
 
     def collate(self, indices, multiple: int = 8) -> Batch:
         width = int(self.lengths[indices].max())

@@ -11,7 +11,7 @@ from tests.helpers import Launcher, tiny_flags
 
 @pytest.mark.parametrize(("engine", "processes"), [("ddp", 1), ("ddp", 2), ("zero2", 4)])
 def test_each_feature_counts_once_for_every_size(engine: str, processes: int, launcher: Launcher, tmp_path: Path):
-    launch = launcher.run(engine, processes, evaluation_worker.__file__, str(tmp_path / "result.json"))
+    launch = launcher.run(engine, processes, "-m", evaluation_worker.__name__, str(tmp_path / "result.json"))
     assert launch.code == 0, launch.output
     result = json.loads((tmp_path / "result.json").read_text())
     assert result == {"world_size": processes, "checked": 3 * processes * evaluation_worker.BATCH_SIZE + 1}

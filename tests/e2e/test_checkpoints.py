@@ -203,6 +203,9 @@ def test_changes_that_matter_are_refused_unless_named(cut_off: Path, tmp_path: P
     assert "train.seed: 42 then, 7 now" in message
     assert "--allow_changed train.learning_rate,train.seed" in message
     assert "log_every" not in message
+    code, _, message = train(capsys, cut_off, "--resume", "auto", *change, "--allow_changed", "train.sed")
+    assert code == 2
+    assert "--allow_changed: there is no setting 'train.sed'" in message
     other = tmp_path / "other"
     named = ("--allow_changed", "train.learning_rate,train.seed")
     code, shown, _ = train(capsys, other, "--resume", cut_off, *change, *named)

@@ -11,24 +11,17 @@ from qa_dist.config import SyntheticConfig
 from qa_dist.tasks.question_answering import synthetic
 from qa_dist.tasks.question_answering.decoding import candidates, decode
 from qa_dist.tasks.question_answering.task import QuestionAnswering
-from tests.helpers import features_of
+from tests.helpers import DISTIL_SIZES, SIZES, features_of
 from tests.tokenizers import FAMILIES, SCRIPTS
 
 EXAMPLES = synthetic.generate(SyntheticConfig(train_examples=12, long_share=0.5, seed=3), "train")
 TEXTS = [*synthetic.texts(EXAMPLES), *3 * SCRIPTS]
 TASK = object.__new__(QuestionAnswering)  # the loss needs no data
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "max_position_embeddings": 130,
-}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("bert", SIZES),
     "distilbert": (
         "distilbert",
-        {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 130},
+        DISTIL_SIZES,
     ),
     "electra": ("bert", {**SIZES, "embedding_size": 16}),
     "roberta": ("roberta", {**SIZES, "pad_token_id": 1}),

@@ -13,20 +13,12 @@ from qa_dist.tasks.question_answering import synthetic
 from qa_dist.tasks.question_answering.features import QuestionAnsweringFeatures
 from qa_dist.tasks.question_answering.task import QuestionAnswering
 from qa_dist.training.varlen import FAMILIES, Packed, obstacle, packed, run_model, switch_on
-from tests.helpers import features_of
+from tests.helpers import DISTIL_SIZES, SIZES, features_of
 from tests.tokenizers import FAMILIES as TOKENIZERS
 
 EXAMPLES = synthetic.generate(SyntheticConfig(train_examples=10, long_share=0.5, seed=5), "train")
 TASK = object.__new__(QuestionAnswering)  # the loss needs no data
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "max_position_embeddings": 130,
-}
-DISTIL = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 130}
-SHAPES: dict[str, dict[str, Any]] = dict.fromkeys(FAMILIES, SIZES) | {"distilbert": DISTIL}
+SHAPES: dict[str, dict[str, Any]] = dict.fromkeys(FAMILIES, SIZES) | {"distilbert": DISTIL_SIZES}
 
 
 def features(tokenizer: str) -> QuestionAnsweringFeatures:
