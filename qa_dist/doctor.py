@@ -1,6 +1,5 @@
 """What this machine and this launch are, what is wrong with them, and what a model would need."""
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -19,12 +18,12 @@ from torch import nn
 
 from qa_dist.config import RunConfig
 from qa_dist.errors import UserError
+from qa_dist.reporting.environment import host_memory, software
 from qa_dist.training.engine import Engine
 from qa_dist.training.health import peak_flops
 from qa_dist.training.launch_environment import LaunchEnvironment
 from qa_dist.training.micro_batch import HEADROOM
 
-PACKAGES = ("qa_dist", "torch", "accelerate", "deepspeed", "transformers", "datasets", "huggingface_hub", "evaluate")
 LITTLE_DISK = 2 * 2**30
 ALL_REDUCE_BYTES = 64 * 2**20
 
@@ -65,9 +64,9 @@ def _print(facts: list[tuple[str, str]], problems: list[str], memory: "Table | N
 
 
 def _machine() -> Iterator[tuple[str, str]]:
-    yield "machine", f"{platform.node()}, {os.cpu_count()} cores, {_host_memory() / 2**30:.0f} GiB, {platform.system()}"
+    yield "machine", f"{platform.node()}, {os.cpu_count()} cores, {host_memory() / 2**30:.0f} GiB, {platform.system()}"
     yield "Python", f"{platform.python_version()} ({sys.executable})"
-    yield "packages", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    yield "packages", ", ".join(f"{name} {version}" for name, version in software().items() if name != "Python")
     if not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built for the CPU"
         yield "GPUs", f"none ({built})"
@@ -79,10 +78,6 @@ def _machine() -> Iterator[tuple[str, str]]:
         yield f"GPU {i}", f"{properties.name}, {free:.0f} of {total:.0f} GiB free, {bf16}{known}"
     threads = os.environ.get("OMP_NUM_THREADS")
     yield "threads", f"OMP_NUM_THREADS {threads or 'not set'}, {torch.get_num_threads()} for torch"
-
-
-def _host_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _disks(config: RunConfig, problems: list[str]) -> Iterator[tuple[str, str]]:
@@ -188,7 +183,7 @@ def _memory(config: RunConfig, launch: LaunchEnvironment) -> "Table":
     largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
     on_gpu = torch.cuda.is_available()
     devices = torch.cuda.device_count() if on_gpu and launch.world_size == 1 else launch.world_size
-    total = torch.cuda.get_device_properties(0).total_memory if on_gpu else _host_memory() / max(devices, 1)
+    total = torch.cuda.get_device_properties(0).total_memory if on_gpu else host_memory() / max(devices, 1)
     value = 4 if launch.mixed_precision == "no" else 2
     window = activations_per_window(shape.num_hidden_layers, shape.hidden_size, config.data.max_length, value)
     title = (

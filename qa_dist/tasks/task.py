@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from qa_dist.config import RunConfig
+
 
 @dataclass
 class Batch:
@@ -93,6 +95,24 @@ class Score:
     """What the evaluation found out for users of the model; stored with it."""
 
 
+@dataclass(frozen=True)
+class CardWords:
+    """What the model card of a task's models says, and how the Hugging Face Hub calls it."""
+
+    pipeline_tag: str
+    """The Hub's name of the task."""
+    tags: tuple[str, ...]
+    """By which the Hub's users find such models."""
+    metrics: dict[str, str]
+    """Metric -> the Hub's name of its type; metrics of the task's headline."""
+    unit: str
+    """Of those metrics."""
+    summary: str
+    """What a model of this task does, in a sentence."""
+    limits: str
+    """What it cannot do."""
+
+
 class Task(ABC):
     """One kind of problem: its data, its loss, its outputs and its score."""
 
@@ -103,8 +123,15 @@ class Task(ABC):
     """The metric by which epochs are compared; higher is better."""
     headline: ClassVar[dict[str, str]]
     """Metric -> how the console calls it, for the table of epochs."""
+    card: ClassVar[CardWords]
 
     tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    @abstractmethod
+    def usage(cls, repo_id: str, config: RunConfig) -> str:
+        """Markdown: how to use, with transformers alone, a model that was trained with `config` and lies in the Hub
+        repository `repo_id`."""
 
     @abstractmethod
     def features(self, split: str) -> FeatureSet | None:

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from qa_dist.tasks.question_answering.decoding import Answers, candidates, decod
 from qa_dist.tasks.question_answering.features import QuestionAnsweringFeatures
 from qa_dist.tasks.question_answering.metric import best_threshold, score_each, score_predictions
 from qa_dist.tasks.question_answering.splits import Split
-from qa_dist.tasks.task import Batch, FeatureSet, Score, Task
+from qa_dist.tasks.task import Batch, CardWords, FeatureSet, Score, Task
 from qa_dist.tasks.tokenizer import load_tokenizer, train_tokenizer
 
 
@@ -34,6 +35,18 @@ class QuestionAnswering(Task):
     auto_model: ClassVar[Any] = AutoModelForQuestionAnswering
     best_metric: ClassVar[str] = "f1"
     headline: ClassVar[dict[str, str]] = {"exact_match": "EM", "f1": "F1", "loss": "validation loss"}
+    card: ClassVar[CardWords] = CardWords(
+        pipeline_tag="question-answering",
+        tags=("extractive-qa",),
+        metrics={"exact_match": "exact_match", "f1": "f1"},
+        unit="percent",
+        summary="Extractive question answering: given a question and a text, the model marks the part of the text that "
+        "answers the question.",
+        limits="An answer is always a part of the text that is given; the model knows nothing else. Unless it was "
+        "trained on questions without an answer (`data.unanswerable` is `allow`), it gives one to every question, "
+        "whether the text answers it or not. On other kinds of texts and questions than those it was trained on, "
+        "expect it to be right less often than the figures above say.",
+    )
 
     def __init__(self, config: RunConfig):
         self.config = config
@@ -44,6 +57,19 @@ class QuestionAnswering(Task):
         else:
             texts = synthetic.texts(self.train_examples.loaded.items)
             self.tokenizer = train_tokenizer(texts, config.model.vocab_size, config.model.config or {})
+
+    @classmethod
+    def usage(cls, repo_id: str, config: RunConfig) -> str:
+        v2 = config.data.unanswerable == "allow"
+        return USAGE.substitute(
+            repo_id=repo_id,
+            max_length=config.data.max_length,
+            stride=config.data.stride,
+            max_answer_length=config.evaluation.max_answer_length,
+            threshold=f", threshold={config.evaluation.null_score_diff_threshold}" if v2 else "",
+            what=', or "" for none' if v2 else "",
+            no_answer=NO_ANSWER if v2 else "",
+        )
 
     def features(self, split: str) -> FeatureSet | None:
         source = self.train_examples if split == "train" else self.validation_examples
@@ -103,7 +129,11 @@ class QuestionAnswering(Task):
         v2 = self.config.data.unanswerable == "allow"
         texts = _texts(answers, features, examples, v2, settings.null_score_diff_threshold)  # pyright: ignore[reportArgumentType]
         references = {example.id: example.answers for example in examples}
-        files: dict[str, Any] = {"predictions.json": texts.predictions, "nbest_predictions.json": texts.n_best}
+        files: dict[str, Any] = {
+            "predictions.json": texts.predictions,
+            "predictions_summary.json": _summary(texts, references),
+            "nbest_predictions.json": texts.n_best,
+        }
         if not v2:
             return Score(score_predictions(texts.predictions, references, v2=False), files)
         files["null_odds.json"] = texts.null_odds
@@ -116,6 +146,54 @@ class QuestionAnswering(Task):
         return Score(headline | metrics, files, {"no_answer_threshold": threshold})
 
 
+USAGE = string.Template('''With transformers (5 and newer have no pipeline for question answering):
+
+```python
+import torch
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+model = AutoModelForQuestionAnswering.from_pretrained("$repo_id")
+tokenizer = AutoTokenizer.from_pretrained("$repo_id")
+
+
+def answer(question, context, max_length=$max_length, stride=$stride, longest=$max_answer_length$threshold):
+    """The best span of at most `longest` tokens over all windows of the context$what."""
+    right = tokenizer.padding_side == "right"  # models that are padded on the left read the context first
+    windows = tokenizer(
+        *((question, context) if right else (context, question)),
+        truncation="only_second" if right else "only_first",
+        max_length=max_length,
+        stride=stride,
+        padding=True,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+        return_tensors="pt",
+    )
+    windows.pop("overflow_to_sample_mapping")
+    offsets = windows.pop("offset_mapping")
+    parts = [windows.sequence_ids(i) for i in range(len(offsets))]
+    outside = torch.tensor([[part != int(right) for part in row] for row in parts])
+    with torch.no_grad():
+        output = model(**windows)
+    start = output.start_logits.float().masked_fill(outside, -torch.inf)
+    end = output.end_logits.float().masked_fill(outside, -torch.inf)
+    scores = start[:, :, None] + end[:, None, :]  # [windows, first token, last token]
+    spans = torch.ones(scores.shape[1:], dtype=torch.bool).triu().tril(longest - 1)
+    scores = scores.masked_fill(~spans, -torch.inf)
+$no_answer    window, first, last = torch.unravel_index(scores.argmax(), scores.shape)
+    return context[offsets[window, first, 0] : offsets[window, last, 1]].strip()
+
+
+print(answer("Where was Ada born?", "Ada was born in London and studied in Paris."))
+```''')
+NO_ANSWER = """\
+    cls = (windows["input_ids"] == tokenizer.cls_token_id).int().argmax(dim=1, keepdim=True)
+    no_answer = output.start_logits.float().gather(1, cls) + output.end_logits.float().gather(1, cls)
+    if no_answer.min() - scores.max() > threshold:
+        return ""
+"""
+
+
 class _Texts(NamedTuple):
     predictions: dict[str, str]
     """Id -> answer."""
@@ -125,6 +203,25 @@ class _Texts(NamedTuple):
     """The best answer of each example, whatever the score of "no answer"."""
     null_odds: dict[str, float]
     """Id -> score of "no answer" less that of the best answer."""
+
+
+def _summary(texts: "_Texts", references: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+    """What the predictions are like, without any of their texts."""
+    words = np.array([len(text.split()) for text in texts.predictions.values() if text])
+    probabilities = texts.n_best.highest_probabilities()
+    return {
+        "examples": len(references),
+        "examples_without_answer": sum(not answers for answers in references.values()),
+        "predicted_no_answer": len(texts.predictions) - len(words),
+        "answer_words": {
+            "mean": float(words.mean()) if len(words) else None,
+            "longest": int(words.max()) if len(words) else None,
+        },
+        "probability_of_best_answer": {
+            f"percentile_{share}": float(np.percentile(probabilities, share)) if len(probabilities) else None
+            for share in (10, 50, 90)
+        },
+    }
 
 
 def _tuned_threshold(texts: _Texts, references: list[tuple[str, ...]]) -> float:
@@ -205,6 +302,10 @@ class NBestAnswers(Mapping[str, list[dict[str, Any]]]):
     columns: dict[str, npt.NDArray[Any]]
     no_answer: list[tuple[int, float, float]] | None
     """For each example the place, the score and the probability of "no answer"."""
+
+    def highest_probabilities(self) -> npt.NDArray[np.float64]:
+        """Of the best answer of each example that has any."""
+        return self.columns["probability"][self.bounds[:-1][np.diff(self.bounds) > 0]]
 
     def __len__(self) -> int:
         return len(self.rows)
