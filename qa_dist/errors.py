@@ -16,6 +16,12 @@ class TrainingError(UserError):
     exit_code = 1
 
 
+class NotPushedError(UserError):
+    """Training is done, and what it ends with is here, but not on the Hub."""
+
+    exit_code = 3
+
+
 def listing(items: Sequence[object], limit: int = 5) -> str:
     """`items` for a message: the first `limit`, then how many more there are."""
     shown = ", ".join(str(item) for item in items[:limit])

@@ -13,9 +13,12 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+from collections.abc import Iterator  # noqa: E402
+
 import pytest  # noqa: E402
 
 from tests.helpers import Launcher  # noqa: E402
+from tests.hub_server import HubServer, online  # noqa: E402
 
 
 def pytest_unconfigure() -> None:
@@ -28,3 +31,22 @@ def pytest_unconfigure() -> None:
 def launcher(tmp_path: Path) -> Launcher:
     """Starts commands on several processes, as a user does."""
     return Launcher(tmp_path)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub of the test's own, which the client of this process, and of those that it starts, takes for the Hub."""
+    with HubServer(tmp_path / "hub") as server:
+        online(monkeypatch, server.url)
+        settings = {
+            "HF_ENDPOINT": server.url,
+            "HF_TOKEN": "hf_alice",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(tmp_path / "hf"),
+        }
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        # it may hold the address of an earlier test's Hub
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)
+        yield server

@@ -15,6 +15,11 @@ DIRECTORY = re.compile(r"step_(\d{8,})")
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
+def step_number(name: str) -> int:
+    """Of a directory that is called as checkpoints are."""
+    return int(name.removeprefix("step_"))
+
+
 class DamagedError(Exception):
     """Why a checkpoint cannot be used."""
 

@@ -113,7 +113,7 @@ def checkpoints(root: Path) -> list[Found]:
     """The checkpoints in `root`, newest first, judged by their manifests alone."""
     found = []
     for name in step_directories(root):
-        path, step = root / name, int(name.removeprefix("step_"))
+        path, step = root / name, manifests.step_number(name)
         try:
             found.append(Found(path, step, Manifest.read(path), None))
         except DamagedError as error:

@@ -51,8 +51,10 @@ class CheckpointWriter:
         exchange: Exchange,
         retention: Retention,
         companions: Callable[[Path], object] = lambda directory: None,
+        published: Callable[[Path, Manifest], object] = lambda directory, manifest: None,
     ):
-        """`companions` puts what belongs to the weights into a directory, as flat files; on the main process."""
+        """`companions` puts what belongs to the weights into a directory, as flat files; on the main process.
+        `published` is told of every checkpoint that this process's disk holds now, before older ones are removed."""
         self.root = root
         self.rank = rank
         self.world_size = world_size
@@ -60,6 +62,7 @@ class CheckpointWriter:
         self.exchange = exchange
         self.retention = retention
         self.companions = companions
+        self.published = published
         self.problem: str | None = None
         """Why the last checkpoint could not be written; None if it was."""
         self._news: list[str] = []
@@ -143,6 +146,7 @@ class CheckpointWriter:
                     marker.unlink()
                 write_manifest(temporary, whole)
                 put_in_place(temporary, target)
+                self.published(target, whole)
 
         _, problems = self._all(finish)
         if problems:

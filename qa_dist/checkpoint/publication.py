@@ -1,0 +1,288 @@
+"""What a run keeps on the Hub, and where.
+
+`main` holds what people load. The training states lie on a branch of their own, each in a folder like a checkpoint on
+disk, the newest few only. Each branch has a small file, `pushed.json`, that says who pushed last and what: by it a
+commit whose answer was lost is known, and a run sees that another one pushes to the same place.
+"""
+
+import json
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd
+
+from qa_dist.checkpoint import manifest as manifests
+from qa_dist.checkpoint.hub import MAIN, Repository, sha256_of
+from qa_dist.checkpoint.hub_client import HubError, Remedy
+from qa_dist.checkpoint.manifest import File, Manifest
+from qa_dist.checkpoint.push_queue import Lane, Push
+from qa_dist.checkpoint.store import directory_name
+
+POINTER = "pushed.json"
+CARD = "README.md"
+SCHEMA_VERSION = 1
+WaitForShards = Callable[[Mapping[str, File]], tuple[Mapping[str, CommitOperationAdd], str]]
+"""Path -> file of what is wanted; returns what there is of it, and what is the matter with the rest."""
+WEIGHTS = (".safetensors", ".bin", ".pt", ".h5", ".msgpack", ".onnx")
+
+
+class ConflictError(HubError):
+    """Another run pushes to the same repository."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason, Remedy.NONE)
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """Who pushed last to a branch, and what."""
+
+    run: str
+    """Of the run: the same from its first start to its end, on whatever machines."""
+    attempt: str
+    """Of the process: another one after each start."""
+    step: int
+    states: dict[str, str] = field(default_factory=dict)
+    """Folder -> sha256 of its manifest, newest first; on the branch of training states."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Path -> sha256; on `main`."""
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> bytes:
+        return (json.dumps(asdict(self), indent=2) + "\n").encode()
+
+    @classmethod
+    def parse(cls, content: Any) -> "Pointer | None":
+        """None for what is not one."""
+        if not isinstance(content, dict) or not isinstance(content.get("schema_version"), int):
+            return None
+        texts, maps = (
+            (content.get("run"), content.get("attempt")),
+            (content.get("states", {}), content.get("files", {})),
+        )
+        if not all(isinstance(text, str) for text in texts) or not isinstance(content.get("step"), int):
+            return None
+        if not all(isinstance(one, dict) and all(isinstance(value, str) for value in one.values()) for one in maps):
+            return None
+        names = ("run", "attempt", "step", "states", "files", "schema_version")
+        return cls(**{name: content[name] for name in names if name in content})
+
+
+def read_pointer(repository: Repository, commit: str) -> Pointer | None:
+    """Raises `HubError`, also for one of a newer version of this package."""
+    pointer = Pointer.parse(repository.read_json(POINTER, commit))
+    if pointer is not None and pointer.schema_version > SCHEMA_VERSION:
+        raise HubError(f"{repository.id} was written by a newer version of qa_dist; update qa_dist", Remedy.NONE)
+    return pointer
+
+
+def new_id() -> str:
+    return secrets.token_hex(8)
+
+
+@dataclass
+class Identity:
+    """Who pushes."""
+
+    run: str
+    attempt: str = field(default_factory=new_id)
+    known: set[str] = field(default_factory=set)
+    """Earlier attempts whose work this one goes on with."""
+    is_settled: bool = True
+    """Whether `known` is complete; else the Hub could not be asked yet, and what it holds of this run is."""
+
+    def require_own(self, pointer: Pointer | None, repository: Repository) -> None:
+        """Raise `ConflictError` if somebody else has pushed since."""
+        if pointer is None:
+            return
+        if not self.is_settled and pointer.run == self.run:
+            self.known.add(pointer.attempt)
+        if pointer.attempt not in {self.attempt, *self.known}:
+            other = "this run, started a second time," if pointer.run == self.run else "another run"
+            raise ConflictError(
+                f"{other} pushes to {repository.id} too (it is at step {pointer.step}); nothing of it is overwritten"
+            )
+
+
+class Publication:
+    """Pushes what a run has to one repository. All its methods raise `HubError`."""
+
+    def __init__(self, repository: Repository, identity: Identity, branch: str, keep: int):
+        self.repository = repository
+        self.identity = identity
+        self.branch = branch
+        self.keep = keep
+        self.wait_for_shards: WaitForShards = lambda shards: ({}, "")
+        """For the shards that lie on other nodes' disks."""
+        self.notes: list[str] = []
+        """What people should know beside; whoever reads it empties it."""
+        self.settled: set[Lane] = set()
+        """The branches that this process has pushed to."""
+        self._commits_since_squash = 0
+        self._card_is_kept = False
+
+    def push(self, push: Push, count_commit: Callable[[], None]) -> None:
+        """One try. Calls `count_commit` before each commit."""
+        if push.lane not in self.settled:
+            self._require_other_branch(MAIN if push.lane == "state" else self.branch)
+        {"state": self._push_state, "model": self._push_model}[push.lane](push, count_commit)
+        self.settled.add(push.lane)
+        self.identity.is_settled = self.identity.is_settled or self.settled == {"state", "model"}
+
+    def _require_other_branch(self, branch: str) -> None:
+        """Two runs that start at the same time must not end up with a branch each."""
+        head = self.repository.head_if_any(branch)
+        if head is not None:
+            self.identity.require_own(read_pointer(self.repository, head), self.repository)
+
+    # -------------------------------------------------------------------------------------------- states
+
+    def _push_state(self, push: Push, count_commit: Callable[[], None]) -> None:
+        repository, folder = self.repository, directory_name(push.step)
+        head = repository.head_if_any(self.branch)
+        is_new = head is None
+        if head is None:
+            repository.create_branch(self.branch)
+            head = repository.head(self.branch)
+        pointer = read_pointer(repository, head)
+        self.identity.require_own(pointer, repository)
+        manifest_bytes = (push.directory / manifests.NAME).read_bytes()
+        digest = sha256_of(manifest_bytes)
+        manifest = Manifest.parse(json.loads(manifest_bytes), folder)
+        if pointer and pointer.attempt == self.identity.attempt and pointer.states.get(folder) == digest:
+            # an earlier try has done it, and its answer was lost
+            return repository.require(head, {f"{folder}/{name}": file for name, file in manifest.files.items()})
+        entries = repository.tree(head)
+        present = {path for path, entry in entries.items() if entry is None and manifests.DIRECTORY.fullmatch(path)}
+        before = [name for name in (pointer.states if pointer else {}) if name in present and name != folder]
+        # newest first; what is of a step not reached yet is of a past that this run has not gone on from
+        kept = [name for name in before if name < folder][: self.keep - 1]
+        states = {folder: digest} | {name: pointer.states[name] for name in kept if pointer}
+        gone = [f"{name}/" for name in sorted(present - states.keys())]
+        if is_new:  # a branch begins as a copy of main, whose model is not a state
+            others = entries.items() - {(name, None) for name in present}
+            gone += [path + "/" * (entry is None) for path, entry in others if path not in (".gitattributes", POINTER)]
+        additions, hashes = self._state_files(push, manifest)
+        gone += self._outdated(repository, head, folder, additions) if folder in present else []
+        own = Pointer(self.identity.run, self.identity.attempt, push.step, states=states)
+        count_commit()
+        repository.commit(
+            self.branch, head, {**additions, POINTER: own.to_json()}, gone, f"State of step {push.step}", hashes
+        )
+        self._commits_since_squash += 1
+        if self._commits_since_squash >= self.keep:
+            self.squash(count_commit)
+        return None
+
+    def _state_files(
+        self, push: Push, manifest: Manifest
+    ) -> tuple[dict[str, Path | CommitOperationAdd], dict[str, str]]:
+        """Path -> file or what another node has uploaded, and path -> sha256."""
+        folder = directory_name(push.step)
+        additions: dict[str, Path | CommitOperationAdd] = {
+            f"{folder}/{name}": push.directory / name for name in manifest.files if (push.directory / name).is_file()
+        }
+        hashes = {f"{folder}/{name}": manifest.files[name].sha256 for name in manifest.files}
+        elsewhere = {f"{folder}/{name}": file for name, file in manifest.files.items()}
+        elsewhere = {path: file for path, file in elsewhere.items() if path not in additions}
+        if elsewhere:
+            uploaded, trouble = self.wait_for_shards(elsewhere)
+            additions |= uploaded
+            absent = [path for path in elsewhere if path not in uploaded]
+            if absent:
+                raise HubError(f"{absent[0]} has not been uploaded by its node yet {trouble}".strip(), Remedy.RETRY)
+        additions[f"{folder}/{manifests.NAME}"] = push.directory / manifests.NAME
+        return additions, hashes
+
+    @staticmethod
+    def _outdated(repository: Repository, head: str, folder: str, additions: Iterable[str]) -> list[str]:
+        """What an earlier state of the same step, of another number of processes, has left in the folder."""
+        return sorted(set(repository.tree(head, folder)) - set(additions))
+
+    def squash(self, count_commit: Callable[[], None]) -> None:
+        """Forget the history of the branch of states: what was deleted only takes no more room then."""
+        count_commit()
+        try:
+            self.repository.squash(self.branch, "Older states are not kept")
+            self._commits_since_squash = 0
+        except HubError as error:  # the state itself is there; the next push tries again
+            self.notes.append(f"hub: the history of {self.branch} could not be squashed: {error}")
+
+    # --------------------------------------------------------------------------------------------- model
+
+    def _push_model(self, push: Push, count_commit: Callable[[], None]) -> None:
+        repository = self.repository
+        directory = push.complete(push.directory) if push.complete else push.directory
+        head = repository.head(MAIN)
+        pointer = read_pointer(repository, head)
+        if not self.identity.is_settled:
+            require_usable(repository, self.identity.run, (pointer,), head)
+        self.identity.require_own(pointer, repository)
+        local = sorted(path for path in directory.rglob("*") if path.is_file())
+        files = {path.relative_to(directory).as_posix(): path for path in local}
+        if CARD in files and not self._may_replace_card(head, pointer):
+            del files[CARD]
+        known = {name: File.of(path) for name, path in files.items()}
+        hashes = {name: file.sha256 for name, file in known.items()}
+        if pointer and pointer.attempt == self.identity.attempt and pointer.step == push.step:
+            # an earlier try has done it; what is made anew for each, the card and the logs, may be newer
+            same = {name: file for name, file in known.items() if pointer.files.get(name) == file.sha256}
+            return repository.require(head, {name: known[name] for name in known if name.endswith(WEIGHTS)} | same)
+        present = repository.tree(head)
+        before = pointer.files if pointer else {}
+        # What lies in folders is logs, and those of earlier machines stay; the card is not ours once it was edited.
+        gone = [name for name in before if name in present and name not in {*files, CARD} and "/" not in name]
+        own = Pointer(self.identity.run, self.identity.attempt, push.step, files=hashes)
+        additions: dict[str, Path | bytes | CommitOperationAdd] = {**files, POINTER: own.to_json()}
+        message = f"Model of step {push.step}"
+        try:
+            count_commit()
+            repository.commit(MAIN, head, additions, gone, message, hashes)
+        except HubError as error:
+            if "Invalid metadata in README.md" not in str(error):
+                raise
+            self.notes.append(f"hub: the model card is not pushed: {error}")
+            del additions[CARD]
+            count_commit()
+            repository.commit(MAIN, head, additions, gone, message, hashes)
+        return None
+
+    def _may_replace_card(self, head: str, pointer: Pointer | None) -> bool:
+        """Whether the card on the Hub is ours as we pushed it, or holds no text yet; what a person has written there
+        stays."""
+        content = self.repository.read(CARD, head)
+        if content is None:
+            return True
+        if pointer is not None and pointer.files.get(CARD) == sha256_of(content):
+            return True
+        if pointer is None:
+            text = content.decode("utf-8", "replace").strip()
+            body = text.removeprefix("---").partition("\n---")[2] if text.startswith("---") else text
+            if not body.strip():
+                return True
+        if not self._card_is_kept:
+            self._card_is_kept = True
+            self.notes.append(f"hub: the README.md of {self.repository.id} was written by hand and stays as it is")
+        return False
+
+
+def require_usable(repository: Repository, run: str, pointers: Iterable[Pointer | None], main: str) -> None:
+    """Raise `ConflictError` if the repository holds what is not this run's: another run's work, or a model of which
+    nobody knows where it comes from. `main`: its newest commit there."""
+    pointers = list(pointers)
+    for pointer in pointers:
+        if pointer is not None and pointer.run != run:
+            raise ConflictError(
+                f"{repository.id} holds another run (at step {pointer.step}), and nothing is overwritten: go on with "
+                f"it (--resume hub), or name another repository"
+            )
+    if not any(pointers):
+        weights = [name for name in repository.tree(main) if name.endswith(WEIGHTS)]
+        if weights:
+            raise ConflictError(
+                f"{repository.id} holds a model already ({weights[0]}) that no run of qa_dist has pushed, and nothing "
+                "is overwritten; name another repository"
+            )

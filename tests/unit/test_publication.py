@@ -1,0 +1,397 @@
+"""What lies where on the Hub, whatever goes wrong on the way: the real client, and a Hub of the test's own."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from qa_dist.checkpoint import hub as hub_module
+from qa_dist.checkpoint import hub_client
+from qa_dist.checkpoint.hub import Repository
+from qa_dist.checkpoint.hub_client import HubError, Remedy
+from qa_dist.checkpoint.manifest import File, Manifest
+from qa_dist.checkpoint.publication import ConflictError, Identity, Publication, require_usable
+from qa_dist.checkpoint.push_queue import Lane, Push, PushQueue, Summary
+from qa_dist.checkpoint.store import directory_name, write_manifest, write_shard
+from tests.hub_server import DROP, DROP_IN_BODY, LOST_ANSWER, Action, Fault, HubServer, User, hang, online, status
+
+REPO = "alice/model"
+STATES = "training-state"
+
+
+def make_state(directory: Path, step: int, *, shards: int = 2) -> Manifest:
+    """A small checkpoint."""
+    directory.mkdir(parents=True)
+    files, tensors = {}, {}
+    for rank in range(shards):
+        name = f"state-{rank:05d}-of-{shards:05d}.safetensors"
+        own = {f"weight/w{rank}": torch.full((64,), float(step * 10 + rank))}
+        files[name] = write_shard(directory, name, own)
+        tensors |= {key: list(tensor.shape) for key, tensor in own.items()}
+    (directory / "config.json").write_text("{}")
+    files["config.json"] = File.of(directory / "config.json")
+    manifest = Manifest(step, 1, "", shards, {}, "", {"run_id": "r"}, None, tensors, files)
+    write_manifest(directory, manifest)
+    return manifest
+
+
+def make_model(directory: Path, step: int, **files: str) -> Path:
+    directory.mkdir(parents=True)
+    content = {"model.safetensors": f"weights {step}", "config.json": "{}", "README.md": f"# Model of step {step}\n"}
+    for name, text in (content | files).items():
+        path = directory / name.replace("__", "/")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    return directory
+
+
+class Runner:
+    """A run's pushes, one after the other."""
+
+    def __init__(self, tmp_path: Path, run: str = "r", *, keep: int = 2, repo_id: str = REPO, settled: bool = True):
+        self.tmp_path = tmp_path
+        self.count = 0
+        self.repository = Repository(repo_id)
+        self.repository.create(private=True)
+        self.publication = Publication(self.repository, Identity(run, is_settled=settled), STATES, keep)
+
+    def make(self, lane: Lane, step: int, **files: str) -> Push:
+        self.count += 1
+        directory = self.tmp_path / f"{self.publication.identity.attempt}-{self.count}"
+        if lane == "state":
+            make_state(directory, step)
+        else:
+            make_model(directory, step, **files)
+        return Push(lane, step, directory)
+
+    def push(self, lane: Lane, step: int, **files: str) -> None:
+        self.publication.push(self.make(lane, step, **files), lambda: None)
+
+    def queued(self, *pushes: Push, seconds: float = 60) -> Summary:
+        queue = PushQueue(self.publication.push)
+        for one in pushes:
+            queue.submit(one)
+        return queue.drain(seconds)
+
+
+@pytest.fixture
+def runner(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
+    monkeypatch.setattr("qa_dist.checkpoint.push_queue.FIRST_WAIT", 0.1)
+    return Runner(tmp_path)
+
+
+def commits(hub: HubServer, branch: str) -> list[str]:
+    """Their titles, the oldest first, without the repository's first one."""
+    return [commit.title for commit in reversed(hub.repo(REPO).commits(branch))][1:]
+
+
+def require_whole(hub: HubServer, *steps: int) -> None:
+    """The branch of states holds exactly these, newest first, and every file is what its manifest says."""
+    repo = hub.repo(REPO)
+    files = repo.files(STATES)
+    folders = {path.partition("/")[0] for path in files if "/" in path}
+    assert folders == {directory_name(step) for step in steps}
+    pointer = json.loads(repo.read("pushed.json", STATES))
+    assert list(pointer["states"]) == [directory_name(step) for step in steps]
+    for folder in folders:
+        content = repo.read(f"{folder}/manifest.json", STATES)
+        assert hub_module.sha256_of(content) == pointer["states"][folder]
+        manifest = Manifest.parse(json.loads(content), folder)
+        for name, file in manifest.files.items():
+            assert hub_module.sha256_of(repo.read(f"{folder}/{name}", STATES)) == file.sha256
+
+
+def test_what_lies_where(hub: HubServer, runner: Runner):
+    runner.push("model", 10)
+    runner.push("state", 10)
+    repo = hub.repo(REPO)
+    assert set(repo.files("main")) == {
+        *(".gitattributes", "README.md", "config.json", "model.safetensors", "pushed.json")
+    }
+    assert repo.read("model.safetensors", "main") == b"weights 10"
+    assert set(repo.files(STATES)) == {
+        *(".gitattributes", "pushed.json"),  # the branch began as a copy of main: its model is gone
+        *(f"step_00000010/{name}" for name in ("config.json", "manifest.json")),
+        *(f"step_00000010/state-0000{rank}-of-00002.safetensors" for rank in (0, 1)),
+    }
+    require_whole(hub, 10)
+    assert commits(hub, "main") == ["Model of step 10"]
+    assert commits(hub, STATES)[-1] == "State of step 10"
+
+
+def test_only_the_last_states_stay_and_their_storage_is_bounded(hub: HubServer, runner: Runner):
+    sizes = []
+    for step in range(1, 31):
+        runner.push("state", step)
+        sizes.append(hub.repo(REPO).stored_bytes())
+        assert len(hub.repo(REPO).commits(STATES)) <= 4
+    require_whole(hub, 30, 29)
+    assert max(sizes[4:]) <= max(sizes[:4])  # however long the run
+    posts = [r for r in hub.requests if r.method == "POST" and f"/commit/{STATES}" in r.path]
+    assert len(posts) == 30  # one a checkpoint
+
+
+def test_a_state_of_the_same_step_is_replaced_as_a_whole(hub: HubServer, runner: Runner, tmp_path: Path):
+    runner.push("state", 5)
+    directory = tmp_path / "one-shard"
+    make_state(directory, 5, shards=1)
+    runner.publication.push(Push("state", 5, directory), lambda: None)
+    require_whole(hub, 5)
+    assert "step_00000005/state-00001-of-00002.safetensors" not in hub.repo(REPO).files(STATES)
+
+
+def test_states_of_a_future_that_was_given_up_go(hub: HubServer, runner: Runner):
+    for step in (10, 20, 30):
+        runner.push("state", step)
+    runner.push("state", 25)  # gone on from 20, as 30 was damaged
+    require_whole(hub, 25, 20)
+
+
+FAULTS: dict[str, tuple[str, str, Action]] = {
+    "500 for the head": ("GET", "/api/models/alice/model/revision", status(500)),
+    "502, a page of a proxy": ("POST", "/commit/", status(502, body=b"<html>bad gateway</html>")),
+    "503 for the commit": ("POST", "/commit/", status(503)),
+    "504 for the tree": ("GET", "/tree/", status(504)),
+    "429": ("POST", "/commit/", status(429, {"Retry-After": "1"})),
+    "an answer that is no answer": ("POST", "/commit/", status(200, body=b"<html>maintenance</html>")),
+    "an answer about nothing": ("GET", "/revision/", status(200, body=b"{}")),
+    "a connection closed at the commit": ("POST", "/commit/", DROP),
+    "a connection reset in the commit": ("POST", "/commit/", DROP_IN_BODY),
+    "a connection reset in an upload": ("PUT", "", DROP_IN_BODY),
+    "a lost answer": ("POST", "/commit/", LOST_ANSWER),
+    "a lost answer of the branch": ("POST", "/branch/", LOST_ANSWER),
+    "a lost answer of the squash": ("POST", "/super-squash/", LOST_ANSWER),
+    "no squash": ("POST", "/super-squash/", status(500)),
+    "403 of the storage": ("PUT", "", status(403)),
+    "a refusal that passes": ("POST", "/commit/", status(403)),
+    "not found for a moment": ("POST", "/preupload/", status(404)),
+    "a hub that takes its time": ("POST", "/commit/", hang(1.0)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_waited_out(hub: HubServer, runner: Runner, fault: str):
+    runner.push("state", 1)
+    runner.push("model", 1)
+    before = len(commits(hub, "main"))
+    method, path, action = FAULTS[fault]
+    hub.faults.add(Fault(method, path, action, times=1))
+    summary = runner.queued(runner.make("state", 2), runner.make("model", 2))
+    assert not summary.missing, summary
+    hub.faults.clear()
+    require_whole(hub, 2, 1)
+    assert hub.repo(REPO).read("model.safetensors", "main") == b"weights 2"
+    assert len(commits(hub, "main")) == before + 1  # not twice
+    assert commits(hub, STATES).count("State of step 2") <= 1
+
+
+def test_a_hub_that_hangs_is_given_up_and_tried_again(
+    hub: HubServer, tmp_path: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(hub_client, "TIMEOUT", hub_client.httpx2.Timeout(0.5))
+    online(monkeypatch, hub.url)  # a new client
+    runner = Runner(tmp_path)
+    hub.faults.add(Fault("", "/commit/|/revision/", hang(), times=2))
+    summary = runner.queued(runner.make("state", 1))
+    assert summary.pushed == ["state of step 1"]
+    require_whole(hub, 1)
+
+
+def test_a_foreign_commit_in_between(hub: HubServer, runner: Runner, monkeypatch: pytest.MonkeyPatch):
+    """412: the head is read again, and both commits stay."""
+    runner.push("state", 1)
+    create_commit = runner.repository._api.create_commit
+    foreign = []
+
+    def with_a_foreign_one(*args: object, **options: object) -> object:
+        if not foreign:
+            foreign.append(hub.repo(REPO).commit_as("somebody", {"notes.txt": b"mine"}, branch=STATES))
+        return create_commit(*args, **options)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    monkeypatch.setattr(runner.repository._api, "create_commit", with_a_foreign_one)
+    assert not runner.queued(runner.make("state", 2)).missing
+    assert any(request.status == 412 for request in hub.requests)
+    assert hub.repo(REPO).read("notes.txt", STATES) == b"mine"
+    require_whole(hub, 2, 1)
+
+
+def test_a_token_that_is_revoked(hub: HubServer, runner: Runner):
+    runner.push("state", 1)
+    del hub.tokens["hf_alice"]
+    summary = runner.queued(runner.make("state", 2), runner.make("model", 2))
+    assert set(summary.missing) == {"state of step 2", "model of step 2"}
+    assert "401" in summary.missing["state of step 2"]
+    assert "hf_alice" not in str(summary)
+    hub.tokens["hf_alice"] = User("alice")
+    assert not runner.queued(runner.make("state", 3)).missing
+    require_whole(hub, 3, 1)
+
+
+def test_a_repository_that_is_deleted_is_not_made_again(hub: HubServer, runner: Runner):
+    runner.push("state", 1)
+    hub.delete_repo(REPO)
+    summary = runner.queued(runner.make("state", 2), runner.make("model", 2))
+    assert "the repository is not there" in summary.missing["model of step 2"]
+    assert "the repository is not there" in summary.missing["state of step 2"]
+    with pytest.raises(KeyError):
+        hub.repo(REPO)
+
+
+def test_two_runs_do_not_mix(hub: HubServer, runner: Runner, tmp_path: Path):
+    other = Runner(tmp_path, run="other")
+    runner.push("state", 1)
+    runner.push("model", 1)
+    summary = other.queued(other.make("state", 7), other.make("model", 7))
+    assert "another run pushes to alice/model too (it is at step 1)" in summary.missing["state of step 7"]
+    assert "model of step 7" in summary.missing
+    runner.push("state", 2)
+    require_whole(hub, 2, 1)
+    assert hub.repo(REPO).read("model.safetensors", "main") == b"weights 1"
+
+
+def test_the_same_run_started_twice(hub: HubServer, runner: Runner, tmp_path: Path):
+    """The later start goes on with what it found; the earlier one sees that, and stops pushing."""
+    runner.push("state", 1)
+    later = Runner(tmp_path)
+    later.publication.identity.known.add(runner.publication.identity.attempt)
+    later.push("state", 2)
+    with pytest.raises(ConflictError, match="this run, started a second time, pushes to"):
+        runner.push("state", 3)
+    later.push("state", 4)
+    require_whole(hub, 4, 2)
+
+
+def test_a_run_that_could_not_ask_before_recognizes_its_own(hub: HubServer, runner: Runner, tmp_path: Path):
+    runner.push("state", 1)
+    runner.push("model", 1)
+    for run, failures in (("r", 0), ("other", 2)):
+        unsettled = Runner(tmp_path, run=run, settled=False)
+        summary = unsettled.queued(unsettled.make("state", 2), unsettled.make("model", 2))
+        assert len(summary.missing) == failures, summary
+
+
+def test_what_is_not_ours_is_not_overwritten(hub: HubServer, runner: Runner):
+    head = runner.repository.head("main")
+    require_usable(runner.repository, "r", (None, None), head)
+    hub.repo(REPO).commit_as("alice", {"pytorch_model.bin": b"years of work"}, branch="main")
+    with pytest.raises(ConflictError, match=r"holds a model already \(pytorch_model.bin\)"):
+        require_usable(runner.repository, "r", (None, None), runner.repository.head("main"))
+
+
+def test_a_card_written_by_hand_stays(hub: HubServer, runner: Runner):
+    repo = hub.repo(REPO)
+    repo.commit_as("alice", {"README.md": b"---\nlicense: mit\n---\n"}, branch="main")
+    runner.push("model", 1)
+    assert repo.read("README.md", "main") == b"# Model of step 1\n"  # a stub is no text of a person
+    repo.commit_as("alice", {"README.md": b"# What I found\n"}, branch="main")
+    for step in (2, 3):
+        runner.push("model", step)
+        assert repo.read("README.md", "main") == b"# What I found\n"
+        assert repo.read("model.safetensors", "main") == f"weights {step}".encode()
+    assert runner.publication.notes == ["hub: the README.md of alice/model was written by hand and stays as it is"]
+
+
+def test_files_that_the_model_has_no_more_go_and_logs_stay(hub: HubServer, runner: Runner, tmp_path: Path):
+    runner.push("model", 1, **{"model-00002.safetensors": "part", "tensorboard__a": "log"})
+    later = Runner(tmp_path)
+    later.publication.identity.known.add(runner.publication.identity.attempt)
+    later.push("model", 2, tensorboard__b="log")
+    files = set(hub.repo(REPO).files("main"))
+    assert "model-00002.safetensors" not in files
+    assert {"tensorboard/a", "tensorboard/b"} <= files
+
+
+def test_an_ignore_file_does_not_eat_a_state_in_silence(
+    hub: HubServer, runner: Runner, monkeypatch: pytest.MonkeyPatch
+):
+    """What a commit leaves out is noticed, whyever it does."""
+    prepare = hub_module.CommitOperationAdd.__post_init__
+
+    def ignored(self: hub_module.CommitOperationAdd) -> None:
+        prepare(self)
+        self.__dict__["_ignored"] = self.path_in_repo.endswith("config.json")
+
+    monkeypatch.setattr(hub_module.CommitOperationAdd, "__post_init__", ignored)
+    monkeypatch.setattr(
+        hub_module.CommitOperationAdd,
+        "_should_ignore",
+        property(lambda self: self.__dict__["_ignored"], lambda self, value: None),
+        raising=False,
+    )
+    summary = runner.queued(runner.make("state", 1))
+    assert "config.json was pushed, but is not there (does a .gitignore name it?)" in str(summary.missing)
+
+
+def test_a_card_that_the_hub_refuses_does_not_hold_back_the_model(hub: HubServer, runner: Runner):
+    runner.push("model", 1, **{"README.md": "---\nlicense: [a, b\n---\n# Model\n"})
+    assert hub.repo(REPO).read("model.safetensors", "main") == b"weights 1"
+    assert "README.md" not in hub.repo(REPO).files("main")
+    assert "the model card is not pushed: Invalid metadata" in runner.publication.notes[0]
+
+
+def test_each_node_uploads_its_shards_and_one_commits(hub: HubServer, runner: Runner, tmp_path: Path):
+    """Nodes with disks of their own: the main process has no file of the others."""
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    from qa_dist.training.node_uploads import NodeUploads
+
+    main_store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    node_store = TCPStore("127.0.0.1", main_store.port, is_master=False)
+    runner.repository.create_branch(STATES)
+    main = NodeUploads(main_store, runner.repository, STATES)
+    node = NodeUploads(node_store, Repository(REPO), STATES)
+    runner.publication.wait_for_shards = main.wait_for
+    on_main, on_node = runner.make("state", 3), runner.make("state", 3)
+    (on_main.directory / "state-00001-of-00002.safetensors").unlink()
+    for name in ("state-00000-of-00002.safetensors", "config.json"):
+        (on_node.directory / name).unlink()
+    queues = [PushQueue(runner.publication.push), PushQueue(node.upload)]
+    queues[0].submit(on_main)
+    hub.faults.add(Fault("PUT", "", status(503), times=1))
+    queues[1].submit(on_node)
+    assert not queues[0].drain(60).missing
+    require_whole(hub, 3)
+    assert len(commits(hub, STATES)) == 1
+
+
+def test_a_node_whose_uploads_fail_is_heard(hub: HubServer, runner: Runner, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("qa_dist.training.node_uploads.PATIENCE", 0.1)
+    from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
+
+    from qa_dist.training.node_uploads import NodeUploads
+
+    uploads = NodeUploads(HashStore(), runner.repository, STATES)
+    runner.publication.wait_for_shards = uploads.wait_for
+    on_main, on_node = runner.make("state", 3), runner.make("state", 3)
+    (on_main.directory / "state-00001-of-00002.safetensors").unlink()
+    hub.faults.add(Fault("POST", "/preupload/", status(403), times=1))
+    with pytest.raises(HubError):
+        uploads.upload(replace(on_node), lambda: None)
+    with pytest.raises(HubError, match=r"state-00001-of-00002.safetensors has not been .* 403") as error:
+        runner.publication.push(on_main, lambda: None)
+    assert error.value.remedy is Remedy.RETRY
+
+
+def test_access_is_seen_without_a_change(hub: HubServer, runner: Runner, monkeypatch: pytest.MonkeyPatch):
+    def problem(repo_id: str, token: str) -> str | None:
+        monkeypatch.setenv("HF_TOKEN", token)
+        return Repository(repo_id).access().problem
+
+    assert problem(REPO, "hf_alice") is None
+    assert problem("alice/new", "hf_alice") is None
+    assert "for reading only" in (problem("alice/new", "hf_reader") or "")
+    assert "may" in (problem(REPO, "hf_reader") or "")
+    assert "cannot create one for 'alice'" in (problem("alice/new", "hf_bob") or "")
+    with pytest.raises(HubError, match="the token may not do that: 401"):
+        problem(REPO, "hf_nonsense")
+    with pytest.raises(KeyError):
+        hub.repo("alice/new")
+
+
+def test_offline_is_said(hub: HubServer, runner: Runner, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert runner.queued(runner.make("state", 1)).missing == {
+        "state of step 1": "HF_HUB_OFFLINE is set, so the Hub is not asked"
+    }
