@@ -1,8 +1,13 @@
 """What single settings cannot say: whether they fit each other, the command, and the files that are there."""
 
+import re
+
 from qa_dist.config import RunConfig, TrainConfig
 from qa_dist.config_sources import Check, Problem
 from qa_dist.errors import UserError
+
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+BRANCH = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
 
 
 def paths(config: RunConfig) -> list[Problem]:
@@ -137,8 +142,34 @@ def _training_rules(config: RunConfig) -> list[Rule]:
     ]
 
 
+def hub_rules(config: RunConfig) -> list[Problem]:
+    """What about pushing is wrong, as far as it can be told without the Hub."""
+    hub = config.hub
+    if hub.repo_id is None:
+        return []
+    rules: list[Rule] = [
+        (
+            ("hub.repo_id",),
+            not REPO_ID.fullmatch(hub.repo_id),
+            f"hub.repo_id: {hub.repo_id!r} is not the name of a repository; write user/name",
+        ),
+        (
+            ("hub.branch",),
+            hub.branch == "main" or not BRANCH.fullmatch(hub.branch),
+            f"hub.branch: {hub.branch!r} cannot be the branch of training states (main is the model's); name another",
+        ),
+        (
+            ("hub.drain_timeout", "run.timeout_minutes"),
+            hub.drain_timeout >= 60 * config.run.timeout_minutes,
+            f"hub.drain_timeout: {hub.drain_timeout:g} s is not less than run.timeout_minutes "
+            f"({config.run.timeout_minutes}), after which the other processes give up; lower it",
+        ),
+    ]
+    return [Problem(keys, message) for keys, broken, message in rules if broken]
+
+
 FOR_COMMAND: dict[str, list[Check]] = {
-    "train": [_train_requirements, combinations],
+    "train": [_train_requirements, combinations, hub_rules],
     "evaluate": [_evaluate_requirements, combinations],
 }
 """Command -> what its settings must pass."""

@@ -22,13 +22,16 @@ COMMANDS = {
     "checkpoint list": "Show a run's checkpoints: checkpoint list RUN.",
     "checkpoint verify": "Compare every file of a run's checkpoints with its hash: checkpoint verify RUN.",
     "checkpoint export": "Make a model of a checkpoint: checkpoint export RUN/checkpoints/STEP DIR [--dtype bfloat16].",
+    "hub check": "Look at hub.repo_id and what the token may do there, without changing anything.",
+    "hub push": "Push what a run has left to hub.repo_id, and wait for it: hub push RUN.",
     "config show": "Print the complete settings as YAML, without starting anything.",
     "config reference": "Print a table of all settings.",
 }
 
 TRAIN_OPTIONS = {
-    "resume": "auto: go on from the newest complete checkpoint in run.output_dir, or start there; a path: go on from "
-    "that checkpoint, or that run's newest; none (default): start.",
+    "resume": "auto: go on from the newest complete checkpoint in run.output_dir or, where there is none or an older "
+    "one, in hub.repo_id, or start; hub: from the newest in hub.repo_id, hub:user/name or hub:user/name@revision: in "
+    "that repository; a path: from that checkpoint, or that run's newest; none (default): start.",
     "allow_changed": "Settings, separated by commas, that may differ from those of the resumed checkpoint.",
 }
 SCORE_OPTIONS = {
@@ -72,7 +75,7 @@ def _tell(message: str) -> None:
 
 def _dispatch(args: list[str]) -> int:
     command = args.pop(0) if args and not args[0].startswith("-") else ""
-    if command in ("config", "checkpoint") and args and not args[0].startswith("-"):
+    if command in ("config", "checkpoint", "hub") and args and not args[0].startswith("-"):
         command += f" {args.pop(0)}"
     if command not in COMMANDS:
         asked_for_help = not command and args and args[0] in ("-h", "--help")
@@ -90,12 +93,19 @@ def _dispatch(args: list[str]) -> int:
         return 0
     if command.startswith("checkpoint "):
         return _checkpoint(command, args)
+    if command == "hub push":
+        return _push(args)
     own = {"score": SCORE_OPTIONS, "train": TRAIN_OPTIONS}
     extra = {"config": "YAML file with settings."} | own.get(command, {})
     flags, options = from_flags(args, f"qa-dist {command}", COMMANDS[command], extra)
     if command == "config show":
         print(to_yaml(resolve(_sources(command, flags, options["config"]), [checks.combinations])), end="")
         return 0
+    if command == "hub check":
+        from qa_dist.training import hub_commands
+
+        config = resolve(_sources(command, flags, options["config"]), [checks.hub_rules])
+        return hub_commands.check(config, lambda text: print(text, flush=True))
     if command == "score":
         return _score(
             resolve(_sources(command, flags, options["config"]), [checks.paths, checks.needs_validation]), options
@@ -137,11 +147,20 @@ def _run(command: str, sources: list[Source], options: dict[str, str | None]) ->
             if not any(key == name or key.startswith(f"{name}.") for key, _ in leaves())
         ]
 
+    def resume_is_possible(config: RunConfig) -> list[Problem]:
+        name = resume.repository[0] if resume.is_from_hub else None
+        if name is not None and not checks.REPO_ID.fullmatch(name):
+            return [Problem((), f"--resume: {name!r} is not the name of a repository; write hub:user/name")]
+        if resume.is_from_hub and name is None and config.hub.repo_id is None:
+            message = "--resume hub: hub.repo_id is not set; set it, or name the repository (--resume hub:user/name)"
+            return [Problem(("hub.repo_id",), message)]
+        return []
+
     def output_dir_is_free(config: RunConfig) -> list[Problem]:
         try:
             if not launch.is_main:  # the others may look when the main process has already begun to write
                 pass
-            elif resume.is_auto:
+            elif resume.is_in_place:
                 require_ended(config.output_dir)  # whether it is this run's is seen once its checkpoints are known
             else:
                 require_free(config.output_dir)
@@ -153,7 +172,7 @@ def _run(command: str, sources: list[Source], options: dict[str, str | None]) ->
         trained = Source()
         trained.put("model.config", None, model)  # the config file may be the one that the model was trained with
         sources = [exported_settings(model), *sources, trained]
-    to_check = [launch.problems, output_dir_is_free, changes_are_settings]
+    to_check = [launch.problems, output_dir_is_free, changes_are_settings, resume_is_possible]
     if command == "train":
         to_check.append(launch.training_problems)
     if not any(problem.keys == () for source in sources for problem in source.problems):
@@ -243,6 +262,19 @@ def _checkpoint(command: str, args: list[str]) -> int:
         table.add_row(one.path.name, *cells, one.problem or good)
     Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
     return 1 if any(one.problem for one in found) else 0
+
+
+def _push(args: list[str]) -> int:
+    from qa_dist.training import hub_commands
+
+    path = Path(args[0]) if args and not args[0].startswith("-") else None
+    flags, _ = from_flags(args[1:] if path else args, "qa-dist hub push RUN", COMMANDS["hub push"], {})
+    if path is None:
+        raise UserError("hub push: names no run directory; write qa-dist hub push RUN")
+    if not (path / "config.yaml").is_file():
+        raise UserError(f"{path}: is not a run directory (there is no config.yaml)")
+    config = resolve([from_yaml(path / "config.yaml"), flags], [checks.hub_rules])
+    return hub_commands.push(path, config, lambda text: print(text, flush=True))
 
 
 def _model_name(sources: list[Source]) -> str | None:

@@ -196,6 +196,14 @@ def _as_interval(value: object) -> object:
     return f"{value} steps" if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _interval(text: str) -> tuple[int, str]:
+    """Number and unit of such as "500 steps", the unit in the singular; (0, "") for none."""
+    if text == "none":
+        return 0, ""
+    digits = "".join(character for character in text if character.isdigit())
+    return int(digits), text[len(digits) :].strip().rstrip("s")
+
+
 class CheckpointConfig(Section):
     """Complete states of the run, from which it can go on: checkpoints/ in the run directory."""
 
@@ -212,10 +220,39 @@ class CheckpointConfig(Section):
     @property
     def interval(self) -> tuple[int, str]:
         """Number and unit: step, epoch or minute; (0, "") for none."""
-        if self.every == "none":
-            return 0, ""
-        digits = "".join(character for character in self.every if character.isdigit())
-        return int(digits), self.every[len(digits) :].strip().rstrip("s")
+        return _interval(self.every)
+
+
+class HubConfig(Section):
+    """Pushing to the Hugging Face Hub in the background. The token is that of the environment (HF_TOKEN) or of
+    `hf auth login`; it has no place here."""
+
+    repo_id: str | None = None
+    """Model repository to push to, as user/name; it is made if it is not there. None: nothing is pushed."""
+    private: bool = True
+    """Whether a repository that is made is private."""
+    branch: str = "training-state"
+    """Branch of the training states, from which a run can go on; the model itself lies on main."""
+    push_every: Annotated[
+        str,
+        BeforeValidator(_as_interval),
+        Field(pattern=r"^(none|[1-9]\d* ?(checkpoints?|steps?|epochs?|minutes?))$"),
+    ] = "1 checkpoint"
+    """How often at most a checkpoint is pushed, such as 1 checkpoint (each one), 500 steps, 2 epochs or 30 minutes, and
+    the model of an epoch likewise; none: only what a run ends with. The first and the last are always pushed."""
+    keep: PositiveInt = 2
+    """Number of newest training states to keep on the Hub."""
+    strict: bool = True
+    """Whether a run does not start when the Hub cannot be reached, or the token cannot write; else it is a warning."""
+    drain_timeout: PositiveFloat = 600.0
+    """Seconds that a run which is done waits for its last pushes."""
+    license: str | None = None
+    """Licence of the model, for its card, such as apache-2.0."""
+
+    @property
+    def interval(self) -> tuple[int, str]:
+        """Number and unit: checkpoint, step, epoch or minute; (0, "") for none."""
+        return _interval(self.push_every)
 
 
 CARRIED_SETTINGS = (
@@ -235,6 +272,7 @@ CARRIED_SETTINGS = (
 FREE_TO_CHANGE = (
     "run",
     "checkpoint",
+    "hub",
     "evaluation.batch_size",
     "evaluation.at_start",
     "data.cache_dir",
@@ -269,6 +307,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    hub: HubConfig = HubConfig()
     run: OutputConfig = OutputConfig()
 
     @property

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from qa_dist.errors import UserError
+from qa_dist.errors import NotPushedError, UserError
+from qa_dist.reporting.environment import environment
 
 State = Literal["running", "completed", "stopped", "failed"]
 
@@ -33,6 +34,8 @@ def require_free(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise UserError(f"run.output_dir: {path} is a file; name a directory")
     in_use = [name for name in OWN_FILES if (path / name).exists()]
+    if "checkpoints" in in_use and not any((path / "checkpoints").glob("step_*")):  # one was about to be fetched
+        in_use.remove("checkpoints")
     if not in_use:
         return
     status = read_status(path)
@@ -93,6 +96,10 @@ class RunDirectory:
         self.is_main = is_main
         self.step = 0
         """Optimizer steps done; part of the status."""
+        self.id = ""
+        """Of the run: the same from its first start to its end, on whatever machines."""
+        self.hub: dict[str, Any] | None = None
+        """How its pushes have gone; part of the status."""
         self._launch = ""
 
     @property
@@ -118,6 +125,7 @@ class RunDirectory:
             if not goes_on:
                 self.go_on(config_yaml, 0)
             self._status("running", "", None)
+            self.write_json("environment.json", environment(launch))
         except OSError as error:
             raise UserError(f"run.output_dir: {self.path} cannot be written: {error.strerror}") from None
 
@@ -138,6 +146,9 @@ class RunDirectory:
         except StoppedError as stop:
             self._status("stopped", str(stop), stop.exit_code)
             raise
+        except NotPushedError as error:
+            self._status("completed", str(error), error.exit_code)
+            raise
         except KeyboardInterrupt:
             self._status("stopped", "interrupted at once by a second signal", 130)
             raise
@@ -152,8 +163,8 @@ class RunDirectory:
     def _status(self, state: State, reason: str, exit_code: int | None) -> None:
         content = {"state": state, "reason": reason, "step": self.step, "exit_code": exit_code}
         try:
-            own = {"launch": self._launch, "host": socket.gethostname(), "pid": os.getpid()}
-            self.write_json("status.json", content | own)
+            own = {"launch": self._launch, "host": socket.gethostname(), "pid": os.getpid(), "run": self.id}
+            self.write_json("status.json", content | own | ({"hub": self.hub} if self.hub else {}))
         except OSError:
             if state == "running":
                 raise

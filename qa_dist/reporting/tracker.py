@@ -1,7 +1,7 @@
 """What a person sees while a run goes on: a progress bar and tables, TensorBoard, JSON lines."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +15,11 @@ from qa_dist.tasks.task import FeatureSet
 History = list[dict[str, Any]]
 
 
+def announce(text: str) -> None:
+    """Say something before there is a run to track."""
+    Console(soft_wrap=True, highlight=False).print(text, markup=False)
+
+
 class Tracker:
     """Shows and stores figures. On all but the main process every method does nothing."""
 
@@ -25,6 +30,8 @@ class Tracker:
         self._progress: Progress | None = None
         self._bar = TaskID(0)
         self._tensorboard: SummaryWriter | None = None
+        self.background: Callable[[], str] = lambda: ""
+        """A few words on what goes on beside training, for the progress line."""
 
     @contextlib.contextmanager
     def training(self, total_steps: int, done: int = 0) -> Iterator[None]:
@@ -61,7 +68,7 @@ class Tracker:
     def show(self, figures: str) -> None:
         """Put `figures` beside the progress bar."""
         if self._progress:
-            self._progress.update(self._bar, figures=figures)
+            self._progress.update(self._bar, figures=f"{figures}  {self.background()}")
 
     def log_step(self, step: int, total_steps: int, values: dict[str, float]) -> None:
         """`values` hold loss, learning_rate, grad_norm, samples_per_second and epoch."""
@@ -72,7 +79,13 @@ class Tracker:
         self.show(figures)
         if not self.console.is_terminal:
             left = (total_steps - step) * values["seconds_per_step"]
-            self.say(f"step {step}/{total_steps}  {figures}  {left:.0f} s of training left")
+            text = f"step {step}/{total_steps}  {figures}  {left:.0f} s of training left"
+            self.say(f"{text}  {self.background()}".rstrip())
+
+    def log_push(self, step: int, text: str, values: dict[str, Any]) -> None:
+        """Something has happened to a push of `step`."""
+        self.say(text)
+        self.run.append_metrics({"kind": "hub", "step": step, **values})
 
     def log_evaluation(self, step: int, history: History) -> None:
         """Store the last row of `history` and show the whole as a table."""

@@ -2,6 +2,8 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from qa_dist.checkpoint.manifest import Manifest
@@ -19,7 +21,16 @@ from qa_dist.training.resume import DIRECTORY
 class Checkpointer:
     """Takes copies of the state and has them written."""
 
-    def __init__(self, config: RunConfig, engine: Engine, run: RunDirectory, task: Task, data_digest: str):
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Engine,
+        run: RunDirectory,
+        task: Task,
+        data_digest: str,
+        published: Callable[[Path, Manifest], object],
+    ):
+        """`published`: see `CheckpointWriter`."""
         self.config = config
         self.engine = engine
         self.run = run
@@ -36,6 +47,7 @@ class Checkpointer:
             companions=lambda directory: write_companions(
                 directory, engine.strategy.plain_model().config, task, config, {}
             ),
+            published=published,
         )
         self.written_step: int | None = None
         """The step of the newest checkpoint of this process."""
@@ -59,6 +71,7 @@ class Checkpointer:
         tensors = self.copies.capture(self.engine.strategy)
         counters = dataclasses.asdict(progress)
         counters["loss_scale"] = self.engine.strategy.loss_scale_state()
+        counters["run_id"] = self.run.id
         counters["metrics_bytes"] = self.run.metrics_bytes
         manifest = Manifest(
             step=progress.step,

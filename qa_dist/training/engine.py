@@ -256,7 +256,11 @@ class Engine:
 
     def on_main(self, function: Callable[[], object]) -> None:
         """Call `function` on the main process, such as to write files; an error there ends all ranks."""
-        self._agreeing(function if self.is_main else None)
+        self.on_ranks(function if self.is_main else None)
+
+    def on_ranks(self, function: Callable[[], object] | None) -> None:
+        """Call `function` on the processes that have one; an error there ends all ranks."""
+        self._agreeing(function)
 
     def _agreeing(self, function: Callable[[], Result] | None) -> Result | None:
         result, error, message = None, None, None

@@ -1,5 +1,6 @@
 """The trained model as a directory that transformers loads, with what this package needs to use it again."""
 
+import contextlib
 import functools
 import json
 import shutil
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -105,12 +107,16 @@ def export_checkpoint(directory: Path, target: Path, dtype: str) -> None:
 
 
 def exported_settings(model: str) -> Source:
-    """The settings that `model`, if it is a directory made by `export_model`, was trained with.
+    """The settings that `model`, if it is a directory made by `export_model`, or a repository on the Hub that such a
+    one was pushed to, was trained with.
 
-    The directory may come from anywhere, so nothing but `CARRIED_SETTINGS` is taken from it.
+    It may come from anywhere, so nothing but `CARRIED_SETTINGS` is taken from it.
     """
     source = Source()
     path = Path(model) / SETTINGS_FILE
+    if not Path(model).is_dir():
+        with contextlib.suppress(OSError, ValueError):  # loading the model will tell what is wrong
+            path = Path(hf_hub_download(model, SETTINGS_FILE))
     if not path.is_file():
         return source
     try:

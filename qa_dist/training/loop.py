@@ -14,7 +14,7 @@ import numpy as np
 
 from qa_dist.checkpoint.state import full_weights
 from qa_dist.config import RunConfig
-from qa_dist.errors import TrainingError, UserError
+from qa_dist.errors import NotPushedError, TrainingError, UserError
 from qa_dist.reporting.run_directory import RunDirectory, StoppedError
 from qa_dist.reporting.tracker import History, Tracker
 from qa_dist.tasks.task import FeatureSet, Score, Task
@@ -24,8 +24,10 @@ from qa_dist.training.engine import Engine
 from qa_dist.training.evaluation import evaluate
 from qa_dist.training.export import export_model
 from qa_dist.training.health import FlopsPerWindow, Meter, peak_flops, peak_memory
+from qa_dist.training.hub_view import HubView
 from qa_dist.training.preemption import StopRequest
 from qa_dist.training.prefetch import made_ahead
+from qa_dist.training.publishing import STOPPED_SECONDS, Publisher
 from qa_dist.training.resume import Checkpoint, load
 from qa_dist.training.schedule import learning_rate
 from qa_dist.training.step import NonFiniteError, Step, StepResult
@@ -80,6 +82,7 @@ class Training:
     micro_batch_size: int
     flops: FlopsPerWindow | None
     data_digest: str
+    publisher: Publisher
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
@@ -88,7 +91,9 @@ class Training:
         self.peak_flops = peak_flops(self.engine.device, self.engine.accelerator.mixed_precision)
         settings = self.config.train
         self.step = Step(settings, self.engine, self.task, self.training_set, self.micro_batch_size, self.stop)
-        self.checkpointer = Checkpointer(self.config, self.engine, self.run, self.task, self.data_digest)
+        published = self.publisher.offer_state
+        self.checkpointer = Checkpointer(self.config, self.engine, self.run, self.task, self.data_digest, published)
+        self.tracker.background = lambda: self.publisher.status
 
     def _plan(self, epoch: int) -> list[Indices]:
         settings = self.config.train
@@ -115,6 +120,7 @@ class Training:
         try:
             scaler = values.pop("loss_scale")
             values.pop("metrics_bytes")
+            values.pop("run_id", None)
             self.progress = Progress.of(values)
         except (KeyError, TypeError):
             raise UserError(f"{checkpoint.path}: its manifest does not say how far training was") from None
@@ -125,29 +131,71 @@ class Training:
         self.run.step = self.progress.step
         self.checkpointer.written_step = self.progress.step if in_place else None
 
+    def catch_up(self, checkpoint: Checkpoint, view: HubView) -> None:
+        """Push what the run directory has of an earlier attempt, and the Hub has not."""
+        there = view.states.newest_step if view.states and view.states.repo_id == self.config.hub.repo_id else -1
+        files = checkpoint.manifest.files
+        own_disk = self.engine.is_local_main and not all((checkpoint.path / name).is_file() for name in files)
+        if checkpoint.manifest.step > there and (self.engine.is_main or own_disk):
+            self.publisher.offer_state(checkpoint.path, checkpoint.manifest)
+        exported = [row for row in self.progress.history if row["epoch"] == self.progress.exported_epoch]
+        if exported and (view.model is None or view.model.step < exported[0]["step"]):
+            self.publisher.offer_model(exported[0]["step"], exported[0]["epoch"])
+
     def fit(self) -> None:
         """Train and evaluate every epoch that is left. Raises `TrainingError` when that cannot go on, or a last
-        checkpoint could not be written, and `StoppedError`."""
+        checkpoint could not be written, `StoppedError`, and `NotPushedError`."""
         with self.tracker.training(self.total_steps, self.progress.step):
             try:
                 self._run_epochs()
-            except (StoppedError, NonFiniteError):  # agreed by all ranks, so all are here
+            except (StoppedError, NonFiniteError) as error:  # agreed by all ranks, so all are here
                 self._checkpoint()
                 self.checkpointer.finish()
-                self._tell()
                 if not self.progress.exported_epoch and self.progress.step > 0:
                     self._export(0, None)
+                self._finish_pushes(STOPPED_SECONDS if isinstance(error, StoppedError) else None)
                 raise
             except UserError:  # agreed as well; what is being written is not given up
                 self.checkpointer.finish()
-                self._tell()
+                self._finish_pushes()
                 raise
+            if not self.progress.exported_epoch and self.progress.step > 0:
+                self._export_last()
             if self.checkpointer.written_step != self.progress.step:
                 self._checkpoint()
             self.checkpointer.finish()
-            self._tell()
+            missing = self._finish_pushes()
         self.checkpointer.raise_if_failed()
+        if missing:
+            raise NotPushedError(
+                f"training is done, and its results are in {self.run.path}, but the Hub lacks {missing}. To push it: "
+                f"qa-dist hub push {self.run.path}"
+            )
         self.tracker.say(f"done: {self.run.path}")
+
+    def _finish_pushes(self, seconds: float | None = None) -> str:
+        """Wait for the Hub. Returns what the Hub lacks of what the run ends with, on all ranks."""
+        self._tell()
+        missing = ""
+        if not self.engine.is_main:
+            self.publisher.finish(0.0, lambda: True, lambda: None)
+
+        def on_main() -> None:
+            nonlocal missing
+            asked_before = self.stop.signal_number > 0
+            longest = min(seconds or math.inf, self.config.hub.drain_timeout)
+            if status := self.publisher.status:
+                self.tracker.say(f"waiting for the Hub, at most {longest:g} s ({status})")
+            summary = self.publisher.finish(
+                longest, lambda: self.stop.signal_number > 0 and not asked_before, self._tell
+            )
+            self._tell()
+            if summary is not None:
+                self.tracker.say(str(summary))
+                missing = "; ".join(f"{name} ({reason})" for name, reason in summary.missing.items())
+
+        self.engine.on_main(on_main)
+        return self.engine.broadcast(missing)
 
     def _run_epochs(self) -> None:
         progress = self.progress
@@ -160,6 +208,8 @@ class Training:
             if self.config.run.export == "last" or self._is_best():
                 self._export(epoch, score)
             self._write_metrics()
+            if self.progress.exported_epoch == epoch:
+                self.publisher.offer_model(self.progress.step, epoch)
             progress.epoch, progress.batches_done = epoch + 1, 0
             progress.loss_sum, progress.loss_count = 0.0, 0
             if self.checkpointer.is_due_after_epoch(epoch):
@@ -190,8 +240,11 @@ class Training:
 
     def _tell(self) -> None:
         """Say what the background has to say."""
-        for text in self.checkpointer.news():
+        for text in [*self.checkpointer.news(), *self.publisher.notes()]:
             self.tracker.say(text)
+        for event in self.publisher.events():
+            values = {"what": event.what, "lane": event.push.lane, "seconds": event.seconds, "reason": event.reason}
+            self.tracker.log_push(event.push.step, str(event), values)
 
     def _count(self, result: StepResult, batch: Indices, seconds: float, waited: float) -> None:
         progress = self.progress
@@ -268,6 +321,16 @@ class Training:
 
         self.engine.on_main(write)
         self.progress.exported_epoch = epoch
+
+    def _export_last(self) -> None:
+        """Where a run had no epoch left, in a new run directory: fill it as the last epoch would have."""
+        score = None
+        if "validation" in self.sets:
+            score = evaluate(
+                self.engine, self.task, self.sets["validation"], self.config.evaluation.batch_size, self.stop
+            )
+        self._export(self.progress.history[-1]["epoch"], score)
+        self._write_metrics()
 
     def _write_metrics(self) -> None:
         """metrics.json: the figures of the exported epoch, and all epochs' history."""

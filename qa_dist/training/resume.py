@@ -14,17 +14,20 @@ from transformers import PretrainedConfig
 
 from qa_dist.checkpoint import manifest as manifests
 from qa_dist.checkpoint.manifest import DamagedError, Manifest, damage
+from qa_dist.checkpoint.pull import RemoteStates
 from qa_dist.checkpoint.state import restore, shapes
 from qa_dist.checkpoint.store import Shards, gap, step_directories
 from qa_dist.config import FREE_TO_CHANGE, RunConfig
 from qa_dist.errors import UserError, listing
-from qa_dist.reporting.run_directory import read_status
+from qa_dist.reporting.run_directory import read_status, require_free
 from qa_dist.training.engine import Engine
+from qa_dist.training.hub_view import HubView, fetch, run_of
 
 PASSING = ("_name_or_path", "architectures", "dtype", "transformers_version")
 """What a model's config says of where it comes from, not of what it computes."""
 DIRECTORY = "checkpoints"
 """Where they lie in a run directory."""
+NOTHING_THERE = HubView()
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,28 @@ class Resume:
     """What the user asked for."""
 
     source: str = "none"
-    """none, auto, or a path."""
+    """none, auto, hub, hub:user/name or hub:user/name@revision, or a path."""
     allow_changed: tuple[str, ...] = ()
     """Settings that may differ from those of the checkpoint."""
 
     @property
     def is_auto(self) -> bool:
         return self.source == "auto"
+
+    @property
+    def is_from_hub(self) -> bool:
+        return self.source == "hub" or self.source.startswith("hub:")
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the run goes on in its own directory, whatever it goes on from."""
+        return self.is_auto or self.is_from_hub
+
+    @property
+    def repository(self) -> tuple[str | None, str | None]:
+        """Id and revision of the repository that is named; None for this run's own, and its newest state."""
+        name, _, revision = self.source.partition(":")[2].partition("@")
+        return name or None, revision or None
 
 
 @dataclass(frozen=True)
@@ -49,15 +67,18 @@ class Checkpoint:
     manifest: Manifest
 
 
-def find(engine: Engine, output_dir: Path, resume: Resume) -> tuple[Checkpoint | None, list[str]]:
+def find(
+    engine: Engine, config: RunConfig, resume: Resume, view: HubView = NOTHING_THERE
+) -> tuple[Checkpoint | None, list[str]]:
     """The newest complete checkpoint of what `resume` names, and why newer ones are not used; the same on all ranks.
 
-    None where there is nothing to resume. Raises `UserError` for a path that holds no checkpoint that can be used.
+    One that lies on the Hub (`view`) is fetched into the run directory. None where there is nothing to resume. Raises
+    `UserError` for a path or a repository that holds no checkpoint that can be used.
     """
     if resume.source == "none":
         return None, []
-    if resume.is_auto:
-        return _newest(engine, output_dir / DIRECTORY)
+    if resume.is_in_place:
+        return _find_own(engine, config, resume, view)
     path = Path(resume.source).expanduser()
     if any(engine.gather((path / manifests.NAME).is_file())):
         problem, manifest = _agreed(engine, path)
@@ -72,6 +93,61 @@ def find(engine: Engine, output_dir: Path, resume: Resume) -> tuple[Checkpoint |
         f"--resume: {path} holds no complete checkpoint{': ' + '; '.join(notes) if notes else ''}. Name a run "
         f"directory, or a directory step_… in its {DIRECTORY}/"
     )
+
+
+def _find_own(engine: Engine, config: RunConfig, resume: Resume, view: HubView) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint of the run directory or of the Hub, whichever is newer."""
+    root = config.output_dir / DIRECTORY
+    local, notes = _newest(engine, root)
+    here = local.manifest.step if local else -1
+    remote = view.states
+    if resume.is_from_hub and view.problem:
+        raise UserError(f"--resume {resume.source}: {view.problem}")
+    if remote is None or not remote.names:
+        if resume.is_from_hub:
+            raise UserError(f"--resume {resume.source}: there is no state of training on that branch")
+        if view.problem and local is None:
+            notes.append("the Hub could not be asked whether it holds states of this run, so the run starts anew")
+        return local, notes
+    if resume.is_from_hub and here > remote.newest_step:
+        raise UserError(
+            f"--resume {resume.source}: {root} has a newer checkpoint (step {here}) than {remote.repo_id} (step "
+            f"{remote.newest_step}): go on with that one (--resume auto), or set --run.output_dir to another directory"
+        )
+    if resume.is_auto and here >= remote.newest_step:
+        return local, notes
+    if not _is_of_same_run(engine, config, local, remote):
+        if resume.is_auto:
+            return local, notes
+        raise UserError(
+            f"--resume {resume.source}: {config.output_dir} holds another run than {remote.repo_id}, and nothing is "
+            "overwritten; set --run.output_dir to another directory"
+        )
+    path, more = fetch(engine, remote, root, here if resume.is_auto else here - 1)
+    if path is None and local is None:
+        raise UserError(f"--resume {resume.source}: no state of training can be used: {'; '.join(more)}")
+    if path is None:
+        return local, notes + more
+    problem, manifest = _agreed(engine, path)
+    if manifest is None:
+        raise UserError(f"--resume {resume.source}: {path} cannot be used: {problem}")
+    return Checkpoint(path, manifest), notes + more
+
+
+def _is_of_same_run(engine: Engine, config: RunConfig, local: Checkpoint | None, remote: RemoteStates) -> bool:
+    """Whether states of `remote` may be put into the run directory."""
+    same = True
+
+    def on_main() -> None:
+        nonlocal same
+        if local is None:
+            if not is_same_run(config):
+                require_free(config.output_dir)
+            return
+        same = run_of(remote, remote.names[0]) == local.manifest.progress.get("run_id")
+
+    engine.on_main(on_main)
+    return engine.broadcast(same)
 
 
 def _newest(engine: Engine, root: Path) -> tuple[Checkpoint | None, list[str]]:

@@ -6,22 +6,26 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qa_dist.checkpoint.publication import Identity, new_id
 from qa_dist.checkpoint.store import recover, tidy
 from qa_dist.config import RunConfig
 from qa_dist.config_sources import to_yaml
 from qa_dist.errors import TrainingError
-from qa_dist.reporting.run_directory import RunDirectory
+from qa_dist.reporting.run_directory import RunDirectory, read_status
 from qa_dist.reporting.tracker import Tracker, summary_table
 from qa_dist.tasks import load_task
 from qa_dist.tasks.task import FeatureSet, Task
 from qa_dist.training.engine import Engine, is_lost_connection
 from qa_dist.training.evaluation import evaluate
 from qa_dist.training.health import FlopsPerWindow
+from qa_dist.training.hub_view import HubView, fetch_metrics
 from qa_dist.training.launch_environment import LaunchEnvironment
 from qa_dist.training.loop import Training
 from qa_dist.training.micro_batch import micro_batch_size
 from qa_dist.training.models import build_model
+from qa_dist.training.node_uploads import shared_store
 from qa_dist.training.preemption import StopRequest
+from qa_dist.training.publishing import Publisher
 from qa_dist.training.resume import (
     DIRECTORY,
     Checkpoint,
@@ -39,7 +43,7 @@ def train(config: RunConfig, launch: LaunchEnvironment, resume: Resume) -> None:
 
     Raises `UserError` for what the user can mend, and `StoppedError` after a signal.
     """
-    with _session(config, launch, resume) as session:
+    with _session(config, launch, resume, trains=True) as session:
         engine, run, checkpoint = session.engine, session.run, session.checkpoint
         parts = _load(config, session, ("train", "validation"))
         digest = parts.sets["train"].digest()
@@ -53,14 +57,21 @@ def train(config: RunConfig, launch: LaunchEnvironment, resume: Resume) -> None:
             parts.tracker.say(note)
         flops = FlopsPerWindow.of(parts.model)
         engine.prepare(parts.model, config)
+        nodes = max(launch.world_size // max(launch.local_world_size, 1), 1)
+        store = shared_store(engine, nodes if config.hub.repo_id else 1)
+        publisher = Publisher(config.hub, run, session.identity, store)
         training = Training(
-            config, engine, parts.task, run, parts.tracker, session.stop, parts.sets, size, flops, digest
+            config, engine, parts.task, run, parts.tracker, session.stop, parts.sets, size, flops, digest, publisher
         )
         if checkpoint is not None:
             in_place = _is_in(checkpoint, config)
             training.resume(checkpoint, in_place=in_place)
             kept = checkpoint.manifest.progress.get("metrics_bytes", 0) if in_place else 0
+            if in_place:
+                engine.on_main(lambda: fetch_metrics(config))
             engine.on_main(lambda: run.go_on(to_yaml(config), kept))
+            if in_place:
+                training.catch_up(checkpoint, session.view)
         training.fit()
 
 
@@ -93,32 +104,51 @@ class _Session(NamedTuple):
     stop: StopRequest
     checkpoint: Checkpoint | None
     """What to go on from."""
+    view: HubView
+    identity: Identity | None
+    """Who pushes; on the main process of a run that does."""
     notes: list[str]
     """What to say about that."""
 
 
 @contextlib.contextmanager
-def _session(config: RunConfig, launch: LaunchEnvironment, resume: Resume) -> Iterator[_Session]:
+def _session(
+    config: RunConfig, launch: LaunchEnvironment, resume: Resume, *, trains: bool = False
+) -> Iterator[_Session]:
     """The processes joined, signals listened to, a run directory that will tell how the run ends, what to resume."""
     engine = Engine(launch, config.run.timeout_minutes)
     run = RunDirectory(config.output_dir, engine.is_main)
     stop = StopRequest()
     with stop.listening():
         root = config.output_dir / DIRECTORY
-        if resume.is_auto and engine.is_local_main:
+        if resume.is_in_place and engine.is_local_main:
             recover(root)
-        checkpoint, notes = find(engine, config.output_dir, resume)
+        view = HubView()
+        if trains and (config.hub.repo_id is not None or resume.is_from_hub):
+            view = HubView.look(engine, config, *resume.repository)
+        checkpoint, notes = find(engine, config, resume, view)
+        if view.problem:
+            notes.append(f"hub: {view.problem}; training goes on, and pushing is tried all the same")
         goes_on = checkpoint is not None and _is_in(checkpoint, config)
         if checkpoint is not None:
             notes += [f"changed: {note}" for note in check_settings(checkpoint.manifest, config, resume.allow_changed)]
             run.step = checkpoint.manifest.step
-        is_own = goes_on or (checkpoint is None and resume.is_auto and is_same_run(config))
+        is_own = goes_on or (checkpoint is None and resume.is_in_place and is_same_run(config))
+        run.id = engine.broadcast(_run_id(config, checkpoint, is_own))
+        identity: Identity | None = None
+
+        def identify() -> None:
+            nonlocal identity
+            if trains and config.hub.repo_id is not None:
+                identity = view.identity(config, run.id)
+
+        engine.on_main(identify)
         engine.on_main(lambda: run.open(to_yaml(config), engine.description, is_own=is_own, goes_on=goes_on))
         if engine.is_local_main:
             tidy(root)
         with run.recorded():
             try:
-                yield _Session(engine, run, stop, checkpoint, notes)
+                yield _Session(engine, run, stop, checkpoint, view, identity, notes)
             except torch.OutOfMemoryError as error:
                 raise TrainingError(
                     f"the memory of the GPU does not suffice: {str(error).split('. ')[0]}. Set train.micro_batch_size "
@@ -133,6 +163,14 @@ def _session(config: RunConfig, launch: LaunchEnvironment, resume: Resume) -> It
                     ) from None
                 raise
     engine.close()
+
+
+def _run_id(config: RunConfig, checkpoint: Checkpoint | None, is_own: bool) -> str:
+    """That of the run that goes on, or a new one."""
+    before = checkpoint.manifest.progress.get("run_id") if checkpoint else None
+    if checkpoint is None and is_own:
+        before = read_status(config.output_dir).get("run")
+    return before if isinstance(before, str) and before else new_id()
 
 
 class _Parts(NamedTuple):

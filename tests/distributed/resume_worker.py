@@ -16,6 +16,7 @@ from qa_dist.training.launch_environment import LaunchEnvironment
 from qa_dist.training.loop import Training
 from qa_dist.training.models import build_model
 from qa_dist.training.preemption import StopRequest
+from qa_dist.training.publishing import Publisher
 from qa_dist.training.resume import Checkpoint
 from qa_dist.training.schedule import learning_rate
 
@@ -36,7 +37,10 @@ def main() -> None:
     run = RunDirectory(target.parent, is_main=False)
     tracker = Tracker(run, task.headline)
     share = config.train.global_batch_size
-    training = Training(config, engine, task, run, tracker, StopRequest(), {"train": features}, share, None, "")
+    publisher = Publisher(config.hub, run, None)
+    training = Training(
+        config, engine, task, run, tracker, StopRequest(), {"train": features}, share, None, "", publisher
+    )
     found = {}
     for path in paths:
         training.resume(Checkpoint(path, Manifest.read(path)), in_place=False)

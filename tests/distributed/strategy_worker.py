@@ -14,7 +14,7 @@ from torch import nn
 from qa_dist.checkpoint.manifest import Manifest
 from qa_dist.checkpoint.state import HostCopies, full_weights, shapes
 from qa_dist.checkpoint.writer import CheckpointWriter, Retention
-from qa_dist.config import RunConfig
+from qa_dist.config import OutputConfig, RunConfig
 from qa_dist.errors import UserError
 from qa_dist.training.batching import plan_epoch
 from qa_dist.training.engine import Engine
@@ -157,10 +157,11 @@ def disks_of_their_own(engine: Engine) -> dict[str, Any]:
         writer.submit(tensors, Manifest(number, 1, "", engine.world_size, {}, "", {}, None, sizes, {}))
         writer.wait()
         assert writer.problem is None, writer.problem
+    own_directory = RunConfig(run=OutputConfig(output_dir=node))
     before = weights(engine)
     step(engine, spoiled=False)
     changed = weights(engine)
-    checkpoint, _ = find(engine, node, Resume("auto"))
+    checkpoint, _ = find(engine, own_directory, Resume("auto"))
     assert checkpoint is not None
     load(engine, checkpoint)
     after = weights(engine)
@@ -170,7 +171,7 @@ def disks_of_their_own(engine: Engine) -> dict[str, Any]:
     engine.gather(None)
     if engine.rank == 1:  # a node's disk is lost
         next(node.rglob("*.safetensors")).unlink()
-    nothing, notes = find(engine, node, Resume("auto"))
+    nothing, notes = find(engine, own_directory, Resume("auto"))
     return {"kept": kept and moved, "files": files, "lost": nothing is None, "notes": notes}
 
 
