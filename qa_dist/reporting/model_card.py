@@ -149,7 +149,7 @@ def _objects(path: Path) -> list[dict[str, Any]]:
     found = []
     for text in content.split(b"\n") if path.suffix == ".jsonl" else [content]:
         with contextlib.suppress(ValueError, RecursionError):
-            found.append(json.loads(text.decode("utf-8", "replace")))
+            found.append(json.loads(text))
     return [one for one in found if isinstance(one, dict)]
 
 
@@ -183,7 +183,7 @@ def _file_name(path: str) -> str:
 
 
 def _hub_id(name: str | None) -> str | None:
-    """`name` if it is one of a repository on the Hub, where users have no dots, and not of something that lies here."""
+    """`name` if it can be an id on the Hub, whose users have no dots in their names, and is nothing that lies here."""
     try:
         validate_repo_id(name)
         return name if name and "." not in name.rpartition("/")[0] and not Path(name).exists() else None
@@ -222,7 +222,7 @@ def _metadata(read: _Run, repo_id: str, license: str | None) -> ModelCardData:
 
 
 def _eval_results(read: _Run) -> list[EvalResult]:
-    """The headline figures of the weights in model/, as the Hub lists them. None if it is not known on which data."""
+    """The headline figures of the weights in model/, as the Hub lists them; not those of unknown data."""
     if read.config is None:
         return []
     data: dict[str, Any] = _validation_data(read.config.data)
@@ -241,7 +241,7 @@ def _validation_data(data: DataConfig) -> dict[str, str]:
         name = _hub_id(data.dataset) or _file_name(data.dataset)
         slug = _hub_id(data.dataset) or _slug(name)
         split = _plain((data.train_split if data.validation_share else data.validation_split) or "") or split
-        subset = {"dataset_config": _plain(data.dataset_config)} if (data.dataset_config or "").strip() else {}
+        subset = {"dataset_config": found} if (found := _plain(data.dataset_config or "")) else {}
     elif data.synthetic is None:
         names = [_file_name(file) for file in (data.train_file if data.validation_share else data.validation_file)]
         name = listing(names, 3) or "unnamed"
@@ -252,7 +252,7 @@ def _validation_data(data: DataConfig) -> dict[str, str]:
 def _slug(name: str) -> str:
     """Made of `name` as the Hub wants the ids of data sets."""
     stem = re.sub(r"(\.(json|jsonl|csv|tsv|parquet|gz))+$", "", name.lower())
-    slug = re.sub(r"[^a-z0-9_.-]+", "-", stem).strip("-.")
+    slug = re.sub(r"[^a-z0-9_.]+", "-", stem).strip("-.")
     return slug if slug[:1].isalpha() else f"data-{slug}".strip("-")  # else YAML could take it for a number
 
 

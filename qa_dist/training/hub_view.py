@@ -24,17 +24,19 @@ Result = TypeVar("Result")
 
 METRICS = "metrics.jsonl"
 MOVED = "the run that pushes there has squashed the branch in the meantime"
-TRIES = 4
-"""Of what has to be known before a run can start."""
+TRIES, LONGEST = 4, 60.0
+"""Of what has to be known before a run can start: so many tries, and none after so many seconds."""
 
 
 def patiently(action: Callable[[], Result]) -> Result:
-    """Try `action` a few times, while it is the network or the Hub that is at fault."""
+    """Try `action` a few times, while it is the network or the Hub that is at fault. The GPUs wait meanwhile."""
+    started = time.monotonic()
     for attempt in itertools.count(1):
         try:
             return action()
         except HubError as error:
-            if error.remedy is not Remedy.RETRY or attempt >= TRIES:
+            late = time.monotonic() - started > LONGEST
+            if error.remedy is not Remedy.RETRY or attempt >= TRIES or late:
                 raise
             time.sleep(min(error.retry_after, 60.0) or random.uniform(0.5, 1.0) * 2**attempt)
     raise AssertionError

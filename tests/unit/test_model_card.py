@@ -135,7 +135,8 @@ def test_metadata_are_those_of_the_run(run: Path):
         "tags": ["qa_dist", "extractive-qa"],
     }
     assert data.model_name == "demo"
-    assert metadata(model_card(run, "me/demo")).license == "unknown"
+    for license, shown in ((None, "unknown"), (" ", "unknown"), ("mit\n", "mit")):
+        assert metadata(model_card(run, "me/demo", license=license)).license == shown
 
 
 def test_the_body_has_figures_epochs_settings_and_what_they_ran_on(run: Path):
@@ -216,6 +217,9 @@ def test_without_an_environment_the_launch_is_that_of_the_status(tmp_path: Path)
     content = model_card(write_run(tmp_path, environment=None, status={"launch": "DDP, bf16"}), "me/demo")
     assert "- Launch: DDP, bf16\n" in content
     assert "Hardware" not in content
+    environment = {"hardware": [1, "y" * 1000], "software": {"torch": None, "Python": "3.11"}}
+    content = model_card(write_run(tmp_path, environment=environment), "me/demo")
+    assert f"- Hardware: {'y' * 200}\n- Software: Python 3.11\n" in content
 
 
 def test_the_same_files_give_the_same_card_anywhere(run: Path, tmp_path: Path, monkeypatch):
@@ -269,10 +273,16 @@ SQUAD = "rajpurkar/squad"
         ({"dataset": "squad", "dataset_config": "de"}, "squad", "squad", "validation", "de"),
         ({"dataset": SQUAD, "validation_split": "test"}, SQUAD, SQUAD, "test", None),
         ({"dataset": SQUAD, "validation_share": 0.1}, SQUAD, SQUAD, "train", None),
-        ({"dataset": "/srv/my data", "validation_split": None}, "my-data", "my data", "validation", None),
+        (
+            {"dataset": "/srv/my data/", "dataset_config": "\x07", "validation_split": None},
+            "my-data",
+            "my data",
+            "validation",
+            None,
+        ),
         ({"dataset": "C:\\data\\mine"}, "mine", "mine", "validation", None),
         ({"synthetic": {"seed": 3}}, "synthetic", "synthetic", "validation", None),
-        ({"validation_file": ["d/Dev-v1.1.json.gz"]}, "dev-v1.1", "Dev-v1.1.json.gz", "validation", None),
+        ({"validation_file": ["d/(Dev)-v1.1.json.gz"]}, "dev-v1.1", "(Dev)-v1.1.json.gz", "validation", None),
         ({"validation_file": ["d/2e5.json"]}, "data-2e5", "2e5.json", "validation", None),
         ({"validation_file": ["東京.json"]}, "data", "東京.json", "validation", None),
         ({"validation_file": ["d/*.json", "e/b.csv"]}, "data", "*.json, b.csv", "validation", None),
