@@ -310,14 +310,16 @@ class Repository:
             if entry is None or entry.size != file.size or entry.sha256 not in (None, file.sha256):
                 raise HubError(f"{path} was pushed, but is not there (does a .gitignore name it?)", Remedy.MEND)
 
-    def upload(self, branch: str, files: Mapping[str, Path], hashes: Mapping[str, str]) -> list[CommitOperationAdd]:
-        """Upload files for a later commit, which may be another process's: the result can be sent to it."""
+    def upload(self, files: Mapping[str, Path], hashes: Mapping[str, str]) -> None:
+        """Upload large files (path in the repository -> file) for a later commit, which may be another process's."""
         with troubles():
             operations = [_addition(path, file) for path, file in files.items()]
             for operation in operations:
                 operation.upload_info.sha256 = bytes.fromhex(hashes[operation.path_in_repo])
-            self._api.preupload_lfs_files(self.id, operations, revision=branch)
-            return operations
+            self._api.preupload_lfs_files(self.id, operations, free_memory=False)
+            small = [operation.path_in_repo for operation in operations if not operation._is_uploaded]
+            if small:
+                raise HubError(f"the Hub takes {small[0]} within a commit only", Remedy.NONE)
 
     def squash(self, branch: str, message: str) -> None:
         """Make the branch's newest commit its only one."""

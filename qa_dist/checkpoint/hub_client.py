@@ -1,10 +1,11 @@
-"""The Hub's client, made fit for long runs: every request ends, and all trouble has one form.
+"""The Hub's client, made fit for long runs: requests end, and all trouble has one form.
 
 The client (`huggingface_hub`) waits without end for a Hub that does not answer, and tells of trouble in a dozen ways.
 """
 
 import contextlib
 import functools
+import time
 import warnings
 from collections.abc import Iterator
 from enum import Enum
@@ -27,6 +28,12 @@ from qa_dist.checkpoint.manifest import DamagedError
 TIMEOUT = httpx2.Timeout(120.0, connect=15.0)
 """Seconds for the Hub to take up a connection, and to send or take the next bytes. A Hub under load has been seen to
 take a minute for a commit."""
+
+
+MOST_PATIENCE = 900.0
+"""Seconds that a Hub may ask to wait."""
+SLOWEST = 1000.0
+"""Bytes per second of an answer that is waited for."""
 
 
 class Remedy(Enum):
@@ -68,7 +75,8 @@ def _of_response(error: HfHubHTTPError) -> HubError:
         return HubError(reason, Remedy.REREAD)
     if status in (408, 409, 425, 429) or status >= 500:
         wait = response.headers.get("Retry-After", "")
-        return HubError(reason, Remedy.RETRY, retry_after=float(wait) if wait.isdigit() else 0.0)
+        seconds = min(float(wait), MOST_PATIENCE) if wait.isdigit() else 0.0
+        return HubError(reason, Remedy.RETRY, retry_after=seconds)
     return HubError(reason, Remedy.MEND, is_missing=missing)
 
 
@@ -80,10 +88,9 @@ def _translated(error: Exception) -> HubError:
         return HubError("HF_HUB_OFFLINE is set, so the Hub is not asked", Remedy.NONE)
     if isinstance(error, LocalTokenNotFoundError):
         return HubError("there is no token: set HF_TOKEN, or log in with `hf auth login`", Remedy.MEND)
-    cause = f": {error.__cause__}" if error.__cause__ else ""
-    text = (f"{error}".strip() or type(error).__name__).splitlines()[0][:200] + cause.splitlines()[0][:200] * bool(
-        cause
-    )
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, HfHubHTTPError):
+        return _of_response(error.__cause__)  # of the storage
+    text = ": ".join(_first_line(one) for one in (error, error.__cause__) if one is not None)
     if isinstance(error, httpx2.TimeoutException):
         return HubError(f"no answer within {TIMEOUT.read:.0f} s", Remedy.RETRY)
     # Uploads fail with RuntimeError (LFS) and ConnectionError (Xet), answers that are no JSON with ValueError.
@@ -94,12 +101,14 @@ def _translated(error: Exception) -> HubError:
     return HubError(f"{type(error).__name__}: {text}", Remedy.MEND)
 
 
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 @contextlib.contextmanager
 def troubles() -> Iterator[None]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the client's remarks on what it is told to do on purpose
-            yield
+        yield
     except (HubError, DamagedError):
         raise
     except Exception as error:
@@ -113,7 +122,35 @@ def with_time_outs() -> None:
     def make_client() -> httpx2.Client:
         client = default_client_factory()
         client.timeout = TIMEOUT
+        client.event_hooks["response"].append(_watch)
         return client
 
     set_client_factory(make_client)
     disable_progress_bars()
+    # its remarks on what it is told to do on purpose
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"huggingface_hub\.")
+
+
+class _Watched(httpx2.SyncByteStream):
+    """A body that has to come at a rate: the client's time-out only counts from one piece to the next."""
+
+    def __init__(self, stream: httpx2.SyncByteStream):
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[bytes]:
+        started, size = time.monotonic(), 0
+        patience = TIMEOUT.read or 0.0
+        for piece in self._stream:
+            size += len(piece)
+            if (seconds := time.monotonic() - started) > patience and size < SLOWEST * seconds:
+                raise httpx2.ReadTimeout(f"only {size:,} bytes in {seconds:.0f} s")
+            yield piece
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _watch(response: httpx2.Response) -> None:
+    stream = response.stream
+    assert isinstance(stream, httpx2.SyncByteStream)
+    response.stream = _Watched(stream)

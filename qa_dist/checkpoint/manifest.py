@@ -100,7 +100,7 @@ class Manifest:
                 raise TypeError
             if not all(isinstance(size, int) for shape in manifest.tensors.values() for size in [*shape]):
                 raise TypeError
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise DamagedError("its manifest is incomplete") from None
         for name in files:
             if not FILE_NAME.fullmatch(name):

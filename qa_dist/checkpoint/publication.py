@@ -71,10 +71,22 @@ class Pointer:
         return cls(**{name: content[name] for name in names if name in content})
 
 
+class UnreadablePointerError(HubError):
+    """There is a pointer, and nobody can tell what it says."""
+
+
 def read_pointer(repository: Repository, commit: str) -> Pointer | None:
-    """Raises `HubError`, also for one of a newer version of this package."""
-    pointer = Pointer.parse(repository.read_json(POINTER, commit))
-    if pointer is not None and pointer.schema_version > SCHEMA_VERSION:
+    """None where there surely is none: who pushed is not to be guessed at. Raises `HubError`, also for one of a newer
+    version of this package."""
+    content = repository.read_json(POINTER, commit)
+    if content is None and POINTER not in repository.tree(commit):
+        return None
+    pointer = Pointer.parse(content)
+    if pointer is None:
+        raise UnreadablePointerError(
+            f"{POINTER} in {repository.id} cannot be read, so it is not known whose work lies there", Remedy.RETRY
+        )
+    if pointer.schema_version > SCHEMA_VERSION:
         raise HubError(f"{repository.id} was written by a newer version of qa_dist; update qa_dist", Remedy.NONE)
     return pointer
 
@@ -89,6 +101,8 @@ class Identity:
 
     run: str
     attempt: str = field(default_factory=new_id)
+    step: int = 0
+    """The newest that this process has a state of."""
     known: set[str] = field(default_factory=set)
     """Earlier attempts whose work this one goes on with."""
     is_settled: bool = True
@@ -99,6 +113,11 @@ class Identity:
         if pointer is None:
             return
         if not self.is_settled and pointer.run == self.run:
+            if pointer.step > self.step:
+                raise ConflictError(
+                    f"{repository.id} is at step {pointer.step} of this run already, and this is step {self.step}: an "
+                    "older copy. Go on with the newer one (--resume hub)"
+                )
             self.known.add(pointer.attempt)
         if pointer.attempt not in {self.attempt, *self.known}:
             other = "this run, started a second time," if pointer.run == self.run else "another run"
@@ -119,18 +138,21 @@ class Publication:
         """For the shards that lie on other nodes' disks."""
         self.notes: list[str] = []
         """What people should know beside; whoever reads it empties it."""
-        self.settled: set[Lane] = set()
-        """The branches that this process has pushed to."""
-        self._commits_since_squash = 0
+        self._begun: set[Lane] = set()
+        """What this process has pushed."""
+        self._has_made_branch = False
+        # the first push squashes: earlier attempts may have ended before they did
+        self._commits_since_squash = keep
         self._card_is_kept = False
 
     def push(self, push: Push, count_commit: Callable[[], None]) -> None:
         """One try. Calls `count_commit` before each commit."""
-        if push.lane not in self.settled:
+        self.identity.step = max(self.identity.step, push.step)
+        if push.lane not in self._begun:
             self._require_other_branch(MAIN if push.lane == "state" else self.branch)
         {"state": self._push_state, "model": self._push_model}[push.lane](push, count_commit)
-        self.settled.add(push.lane)
-        self.identity.is_settled = self.identity.is_settled or self.settled == {"state", "model"}
+        self._begun.add(push.lane)
+        self.identity.is_settled = True  # both branches have been looked at
 
     def _require_other_branch(self, branch: str) -> None:
         """Two runs that start at the same time must not end up with a branch each."""
@@ -143,28 +165,31 @@ class Publication:
     def _push_state(self, push: Push, count_commit: Callable[[], None]) -> None:
         repository, folder = self.repository, directory_name(push.step)
         head = repository.head_if_any(self.branch)
-        is_new = head is None
         if head is None:
             repository.create_branch(self.branch)
+            self._has_made_branch, self._commits_since_squash = True, 0
             head = repository.head(self.branch)
         pointer = read_pointer(repository, head)
         self.identity.require_own(pointer, repository)
+        entries = repository.tree(head)
+        if pointer is None and not self._has_made_branch:
+            require_free_branch(repository, self.branch, entries)
         manifest_bytes = (push.directory / manifests.NAME).read_bytes()
         digest = sha256_of(manifest_bytes)
         manifest = Manifest.parse(json.loads(manifest_bytes), folder)
         if pointer and pointer.attempt == self.identity.attempt and pointer.states.get(folder) == digest:
             # an earlier try has done it, and its answer was lost
             return repository.require(head, {f"{folder}/{name}": file for name, file in manifest.files.items()})
-        entries = repository.tree(head)
         present = {path for path, entry in entries.items() if entry is None and manifests.DIRECTORY.fullmatch(path)}
         before = [name for name in (pointer.states if pointer else {}) if name in present and name != folder]
         # newest first; what is of a step not reached yet is of a past that this run has not gone on from
         kept = [name for name in before if name < folder][: self.keep - 1]
         states = {folder: digest} | {name: pointer.states[name] for name in kept if pointer}
-        gone = [f"{name}/" for name in sorted(present - states.keys())]
-        if is_new:  # a branch begins as a copy of main, whose model is not a state
-            others = entries.items() - {(name, None) for name in present}
-            gone += [path + "/" * (entry is None) for path, entry in others if path not in (".gitattributes", POINTER)]
+        gone = [f"{name}/" for name in before if name not in states]
+        if pointer is None or not pointer.states:  # a branch begins as a copy of main, whose model is not a state
+            copied = entries.keys() - {CARD} if pointer is None else {path.split("/")[0] for path in pointer.files}
+            copied = (copied & entries.keys()) - {".gitattributes", POINTER, folder}
+            gone += [path + "/" * (entries[path] is None) for path in sorted(copied)]
         additions, hashes = self._state_files(push, manifest)
         gone += self._outdated(repository, head, folder, additions) if folder in present else []
         own = Pointer(self.identity.run, self.identity.attempt, push.step, states=states)
@@ -218,9 +243,9 @@ class Publication:
         directory = push.complete(push.directory) if push.complete else push.directory
         head = repository.head(MAIN)
         pointer = read_pointer(repository, head)
-        if not self.identity.is_settled:
-            require_usable(repository, self.identity.run, (pointer,), head)
         self.identity.require_own(pointer, repository)
+        if pointer is None:
+            require_no_model(repository, head)
         local = sorted(path for path in directory.rglob("*") if path.is_file())
         files = {path.relative_to(directory).as_posix(): path for path in local}
         if CARD in files and not self._may_replace_card(head, pointer):
@@ -269,20 +294,42 @@ class Publication:
         return False
 
 
-def require_usable(repository: Repository, run: str, pointers: Iterable[Pointer | None], main: str) -> None:
-    """Raise `ConflictError` if the repository holds what is not this run's: another run's work, or a model of which
-    nobody knows where it comes from. `main`: its newest commit there."""
-    pointers = list(pointers)
+def require_usable(repository: Repository, run: str, branch: str) -> tuple[Pointer | None, Pointer | None]:
+    """Who has pushed last to `main`, and to `branch`.
+
+    Raises `ConflictError` if the repository holds what is not this run's: another run's work, or what no run has
+    pushed.
+    """
+    main, states = repository.head(MAIN), repository.head_if_any(branch)
+    pointers = (read_pointer(repository, main), read_pointer(repository, states) if states else None)
     for pointer in pointers:
         if pointer is not None and pointer.run != run:
             raise ConflictError(
                 f"{repository.id} holds another run (at step {pointer.step}), and nothing is overwritten: go on with "
                 f"it (--resume hub), or name another repository"
             )
-    if not any(pointers):
-        weights = [name for name in repository.tree(main) if name.endswith(WEIGHTS)]
-        if weights:
-            raise ConflictError(
-                f"{repository.id} holds a model already ({weights[0]}) that no run of qa_dist has pushed, and nothing "
-                "is overwritten; name another repository"
-            )
+    if pointers[0] is None:
+        require_no_model(repository, main)
+    if pointers[1] is None and states is not None:
+        require_free_branch(repository, branch, repository.tree(states))
+    return pointers
+
+
+def require_no_model(repository: Repository, main: str) -> None:
+    """Raise `ConflictError` if there is a model in the commit `main`."""
+    weights = [name for name in repository.tree(main) if name.endswith(WEIGHTS)]
+    if weights:
+        raise ConflictError(
+            f"{repository.id} holds a model already ({weights[0]}) that no run of qa_dist has pushed, and nothing is "
+            "overwritten; name another repository"
+        )
+
+
+def require_free_branch(repository: Repository, branch: str, entries: Iterable[str]) -> None:
+    """Raise `ConflictError` if a branch that no run has pushed to holds anything that it would lose."""
+    others = sorted(set(entries) - {".gitattributes", CARD})
+    if others:
+        raise ConflictError(
+            f"the branch {branch} of {repository.id} holds {others[0]}, and is no branch of training states; name "
+            "another (--hub.branch)"
+        )

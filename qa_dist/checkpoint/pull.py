@@ -7,7 +7,7 @@ be executed is fetched.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,12 @@ from pathlib import Path
 from qa_dist.checkpoint import manifest as manifests
 from qa_dist.checkpoint.hub import MOST_JSON_BYTES, Repository, sha256_of
 from qa_dist.checkpoint.hub_client import HubError, Remedy
-from qa_dist.checkpoint.manifest import DamagedError, Manifest, damage
-from qa_dist.checkpoint.publication import Pointer, read_pointer
+from qa_dist.checkpoint.manifest import DamagedError, File, Manifest, damage
+from qa_dist.checkpoint.publication import Pointer, UnreadablePointerError, read_pointer
 from qa_dist.checkpoint.store import flush, put_in_place
 
-KINDS = (".safetensors", ".json", ".txt", ".model", ".jinja")
-"""Of the files that a state is made of: tensors, settings, and what tokenizers are stored in."""
+KINDS = (".safetensors", ".json", ".jsonl", ".txt", ".model", ".jinja")
+"""Of the files that a state is made of: tensors, settings, figures, and what tokenizers are stored in."""
 MOST_FILES = 5_000
 AT_ONCE = 4
 """Files that are fetched at the same time."""
@@ -55,7 +55,10 @@ def states(repository: Repository, revision: str) -> RemoteStates | None:
     commit = repository.head_if_any(revision)
     if commit is None:
         return None
-    pointer = read_pointer(repository, commit)
+    try:
+        pointer = read_pointer(repository, commit)
+    except UnreadablePointerError:  # then the names have to do
+        pointer = None
     entries = repository.tree(commit)
     present = {path for path, entry in entries.items() if entry is None and manifests.DIRECTORY.fullmatch(path)}
     told = [name for name in (pointer.states if pointer else {}) if name in present]
@@ -83,12 +86,20 @@ def read_manifest(remote: RemoteStates, name: str) -> tuple[Manifest, bytes]:
     return manifest, content
 
 
-def pull(remote: RemoteStates, name: str, root: Path, say: Callable[[str], None]) -> Path:
-    """Put a state into `root`, unless it is there already, and return its directory.
+def pull(
+    remote: RemoteStates,
+    name: str,
+    root: Path,
+    say: Callable[[str], None],
+    check: Callable[[Manifest], object] = lambda manifest: None,
+) -> Path:
+    """Put a state into `root`, unless it is there already, and return its directory. `check` may raise before
+    anything is fetched.
 
     Raises `DamagedError` for one that is incomplete or not what its manifest says, `HubError`, and `OSError`.
     """
     manifest, content = read_manifest(remote, name)
+    check(manifest)
     target = root / name
     if _is_there(target, content, manifest):
         return target
@@ -111,21 +122,29 @@ def pull(remote: RemoteStates, name: str, root: Path, say: Callable[[str], None]
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-
-            def fetch(file: str) -> None:
-                path = temporary / file
-                repository.download(f"{name}/{file}", remote.commit, path, manifest.files[file])
-                flush(path)
-
-            for done in [pool.submit(fetch, file) for file in manifest.files]:
-                done.result()
+        fetch_files(repository, name, remote.commit, manifest.files, temporary)
         (temporary / manifests.NAME).write_bytes(content)  # last, as everywhere
         flush(temporary / manifests.NAME)
         put_in_place(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def fetch_files(repository: Repository, folder: str, commit: str, files: Mapping[str, File], directory: Path) -> None:
+    """Fetch `files` of a folder in the repository, a few at a time. Raises as `Repository.download` does."""
+    pool = ThreadPoolExecutor(AT_ONCE)
+
+    def fetch(file: str) -> None:
+        path = directory / file
+        repository.download(f"{folder}/{file}".lstrip("/"), commit, path, files[file])
+        flush(path)
+
+    try:
+        for done in [pool.submit(fetch, file) for file in files]:
+            done.result()
+    finally:  # what hangs must not hold up a person who has had enough
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _is_there(target: Path, content: bytes, manifest: Manifest) -> bool:

@@ -131,7 +131,7 @@ class PushQueue:
             self._newest[push.lane] = push.name
             self._waiting[push.lane] = _Job(push, self._count, now, now)
             if older is not None:
-                self._end(older, "superseded")
+                self._end(older, "superseded", older.problem)
             self._changed.notify_all()
 
     def events(self) -> list[Event]:
@@ -172,8 +172,8 @@ class PushQueue:
                 self._changed.wait(min(left, 0.5))
                 tell()
             for job in [*self._waiting.values(), *([self._active] if self._active else [])]:
-                reason = job.problem or "the Hub has not answered"
-                self._end(job, "failed", f"not done within {seconds:g} s: {reason}")
+                waited = "not waited for" if time.monotonic() < end else f"not done within {seconds:g} s"
+                self._end(job, "failed", f"{waited}: {job.problem or 'the Hub has not answered'}")
             self._waiting.clear()
             self._active = None  # whatever becomes of it is not waited for
             summary = self._summary

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from qa_dist.errors import NotPushedError, UserError
 from qa_dist.reporting.environment import environment
 
+METRICS = "metrics.jsonl"
 State = Literal["running", "completed", "stopped", "failed"]
 
 OWN_FILES = ("status.json", "config.yaml", "metrics.jsonl", "metrics.json", "predictions.json", "model", "checkpoints")
@@ -129,14 +130,25 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"run.output_dir: {self.path} cannot be written: {error.strerror}") from None
 
-    def go_on(self, config_yaml: str, metrics_bytes: int) -> None:
-        """Write the config, and keep so many bytes of metrics.jsonl: what comes after them is done again."""
-        if self.is_main:
-            if metrics_bytes == 0:
-                (self.path / "metrics.jsonl").unlink(missing_ok=True)
-            elif self.metrics_bytes > metrics_bytes:
-                os.truncate(self.path / "metrics.jsonl", metrics_bytes)
-            self.write("config.yaml", config_yaml)
+    def go_on(self, config_yaml: str, metrics_bytes: int, state: Path | None = None) -> None:
+        """Write the config, and make metrics.jsonl what it was when `state` was written, or keep so many bytes of it:
+        what comes after them is done again."""
+        if not self.is_main:
+            return
+        path = self.path / METRICS
+        if state is not None and (state / METRICS).is_file():
+            self.write(METRICS, (state / METRICS).read_text(encoding="utf-8"))
+        elif metrics_bytes == 0:
+            path.unlink(missing_ok=True)
+        elif self.metrics_bytes > metrics_bytes:
+            os.truncate(path, metrics_bytes)
+        self.write("config.yaml", config_yaml)
+
+    def copy_metrics(self, directory: Path, size: int) -> None:
+        """Put the first `size` bytes of metrics.jsonl into `directory`."""
+        if self.is_main and size:
+            with (self.path / METRICS).open("rb") as file:
+                (directory / METRICS).write_bytes(file.read(size))
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:

@@ -34,6 +34,7 @@ class Checkpointer:
         self.config = config
         self.engine = engine
         self.run = run
+        self.task = task
         self.data_digest = data_digest
         self.count, self.unit = config.checkpoint.interval
         self.copies = HostCopies(engine.rank, engine.world_size)
@@ -44,14 +45,18 @@ class Checkpointer:
             is_local_main=engine.is_local_main,
             exchange=engine.exchange,
             retention=Retention(config.checkpoint.keep_last, config.checkpoint.keep_best),
-            companions=lambda directory: write_companions(
-                directory, engine.strategy.plain_model().config, task, config, {}
-            ),
+            companions=self._write_companions,
             published=published,
         )
         self.written_step: int | None = None
         """The step of the newest checkpoint of this process."""
         self._last = time.monotonic()
+        self._metrics_bytes = 0
+        """Of metrics.jsonl, that belong to the checkpoint being written."""
+
+    def _write_companions(self, directory: Path) -> None:
+        write_companions(directory, self.engine.strategy.plain_model().config, self.task, self.config, {})
+        self.run.copy_metrics(directory, self._metrics_bytes)
 
     def is_due_after_step(self, step: int) -> bool:
         return self.unit == "step" and step % self.count == 0
@@ -72,7 +77,7 @@ class Checkpointer:
         counters = dataclasses.asdict(progress)
         counters["loss_scale"] = self.engine.strategy.loss_scale_state()
         counters["run_id"] = self.run.id
-        counters["metrics_bytes"] = self.run.metrics_bytes
+        counters["metrics_bytes"] = self._metrics_bytes = self.run.metrics_bytes
         manifest = Manifest(
             step=progress.step,
             epoch=progress.epoch,

@@ -96,7 +96,7 @@ def export_checkpoint(directory: Path, target: Path, dtype: str) -> None:
     def write(temporary: Path) -> None:
         model.save_pretrained(temporary, state_dict=weights)
         for name in manifest.files:
-            if not name.endswith(".safetensors") and name != "config.json":
+            if not name.endswith((".safetensors", ".jsonl")) and name != "config.json":
                 shutil.copy(directory / name, temporary / name)
         _require_loadable(temporary, auto_model, weights)
 

@@ -8,17 +8,18 @@ from pathlib import Path
 
 from qa_dist.checkpoint.hub import MAIN, Repository
 from qa_dist.checkpoint.hub_client import HubError
-from qa_dist.checkpoint.manifest import damage
+from qa_dist.checkpoint.manifest import DamagedError, damage
 from qa_dist.checkpoint.publication import Identity, read_pointer
 from qa_dist.checkpoint.pull import states
-from qa_dist.checkpoint.store import checkpoints
+from qa_dist.checkpoint.store import Found, checkpoints
 from qa_dist.config import RunConfig
 from qa_dist.errors import NotPushedError, UserError
-from qa_dist.reporting.run_directory import RunDirectory, read_status, require_ended
+from qa_dist.reporting.run_directory import METRICS, RunDirectory, read_status, require_ended
 from qa_dist.training.hub_view import patiently
 from qa_dist.training.publishing import Publisher
 from qa_dist.training.resume import DIRECTORY
 
+SILENT_MINUTES = 10
 Say = Callable[[str], None]
 
 
@@ -42,7 +43,7 @@ def check(config: RunConfig, say: Say) -> int:
             found = states(repository, config.hub.branch)
             names = ", ".join(found.names) if found and found.names else "no state of training yet"
             say(f"{config.hub.branch}: {names}")
-    except HubError as error:
+    except (HubError, DamagedError) as error:
         raise UserError(f"hub.repo_id: {repo_id}: {error}") from None
     say("nothing is wrong" if access.problem is None else f"problem: {access.problem}")
     return 0 if access.problem is None else 2
@@ -55,6 +56,7 @@ def push(path: Path, config: RunConfig, say: Say) -> int:
     """
     repo_id = _repo_id(config)
     require_ended(path)
+    _require_silent(path)
     status = read_status(path)
     if not isinstance(status.get("run"), str) or not status["run"]:
         raise UserError(f"{path}: its status.json names no run, so it cannot be told whose it is; nothing is pushed")
@@ -66,45 +68,65 @@ def push(path: Path, config: RunConfig, say: Say) -> int:
     except HubError as error:
         raise NotPushedError(f"{repo_id}: {error}") from None
     run = RunDirectory(path, is_main=True)
-    publisher = Publisher(config.hub, run, Identity(status["run"], is_settled=False))
+    newest = next((one for one in checkpoints(path / DIRECTORY) if one.manifest is not None), None)
+    step = newest.step if newest else 0
+    publisher = Publisher(config.hub, run, Identity(status["run"], step=step, is_settled=False))
 
     def tell() -> None:
         for text in [*(str(event) for event in publisher.events()), *publisher.notes()]:
             say(text)
 
-    _offer(path, publisher, say)
+    missing = _offer(path, newest, publisher)
     started = time.monotonic()
     summary = publisher.finish(config.hub.drain_timeout, lambda: False, tell)
     tell()
     assert summary is not None
-    if summary.missing:
-        raise NotPushedError(f"{repo_id}: {'; '.join(f'{name}: {why}' for name, why in summary.missing.items())}")
+    missing += [f"{name}: {why}" for name, why in summary.missing.items()]
+    if missing:
+        raise NotPushedError(f"{repo_id}: {'; '.join(missing)}")
     say(f"{summary} to {repository.url} in {math.ceil(time.monotonic() - started)} s")
     if status.get("exit_code") == NotPushedError.exit_code:
         run.write_json("status.json", status | {"exit_code": 0, "reason": "", "hub": run.hub})
     return 0
 
 
-def _offer(path: Path, publisher: Publisher, say: Say) -> None:
-    """Hand over what the run directory ends with."""
-    newest = next((one for one in checkpoints(path / DIRECTORY) if one.manifest is not None), None)
+def _require_silent(path: Path) -> None:
+    """Raise `UserError` for a run that seems to go on on another machine, where one cannot see whether it is alive."""
+    if read_status(path).get("state") != "running":
+        return
+    times = [file.stat().st_mtime for name in (METRICS, "status.json") if (file := path / name).is_file()]
+    minutes = (time.time() - max(times)) / 60
+    if minutes < SILENT_MINUTES:
+        raise UserError(
+            f"{path}: its run was at work {minutes:.0f} minutes ago on {read_status(path).get('host')}; stop it first, "
+            f"or wait until it has been silent for {SILENT_MINUTES} minutes"
+        )
+
+
+def _offer(path: Path, newest: Found | None, publisher: Publisher) -> list[str]:
+    """Hand over what the run directory ends with. Returns what of it cannot be pushed from here, and why."""
+    missing = []
     has_model = (path / "model" / "config.json").is_file()
     if newest is None and not has_model:
         raise UserError(f"{path}: holds neither a checkpoint nor a model; name a run directory")
     if newest is not None and newest.manifest is not None:
-        if problem := damage(newest.path, newest.manifest):
+        if problem := damage(newest.path, newest.manifest, may_be_missing=True):
             raise UserError(f"{newest.path}: {problem}; nothing is pushed")
-        publisher.offer_state(newest.path, newest.manifest)
-    if not has_model:
-        return
-    try:
-        metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
-        row = next(row for row in metrics["history"] if row["epoch"] == metrics["epoch"])
-        step, epoch = int(row["step"]), int(row["epoch"])
-    except (OSError, ValueError, KeyError, TypeError, StopIteration):
-        say("hub: the model is not pushed: metrics.json does not say of which step it is")
-        return
-    publisher.offer_model(step, epoch)
+        if any(not (newest.path / name).is_file() for name in newest.manifest.files):
+            missing.append(
+                f"state of step {newest.step}: its shards lie on several nodes; start the training command again, on "
+                "all of them, with --resume auto"
+            )
+        else:
+            publisher.offer_state(newest.path, newest.manifest)
+    if has_model:
+        try:
+            metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
+            row = next(row for row in metrics["history"] if row["epoch"] == metrics["epoch"])
+            publisher.offer_model(int(row["step"]), int(row["epoch"]))
+        except (OSError, ValueError, KeyError, TypeError, StopIteration):
+            missing.append("the model: metrics.json does not say of which step it is")
+    return missing
 
 
 def _repo_id(config: RunConfig) -> str:

@@ -12,9 +12,10 @@ from typing import TypeVar
 from qa_dist.checkpoint import manifest as manifests
 from qa_dist.checkpoint.hub import MAIN, Repository
 from qa_dist.checkpoint.hub_client import HubError, Remedy
-from qa_dist.checkpoint.manifest import DamagedError
+from qa_dist.checkpoint.manifest import FILE_NAME, DamagedError, File, Manifest
 from qa_dist.checkpoint.publication import ConflictError, Identity, Pointer, read_pointer, require_usable
-from qa_dist.checkpoint.pull import RemoteStates, pull, read_manifest, states
+from qa_dist.checkpoint.pull import KINDS, RemoteStates, fetch_files, pull, read_manifest, states
+from qa_dist.checkpoint.store import publish_directory
 from qa_dist.config import RunConfig
 from qa_dist.errors import UserError
 from qa_dist.reporting.tracker import announce
@@ -22,7 +23,8 @@ from qa_dist.training.engine import Engine
 
 Result = TypeVar("Result")
 
-METRICS = "metrics.jsonl"
+NO_MODEL = ("metrics.json", "predictions_summary.json", "pushed.json")
+"""What lies beside the model on `main`."""
 MOVED = "the run that pushes there has squashed the branch in the meantime"
 TRIES, LONGEST = 4, 60.0
 """Of what has to be known before a run can start: so many tries, and none after so many seconds."""
@@ -38,7 +40,9 @@ def patiently(action: Callable[[], Result]) -> Result:
             late = time.monotonic() - started > LONGEST
             if error.remedy is not Remedy.RETRY or attempt >= TRIES or late:
                 raise
-            time.sleep(min(error.retry_after, 60.0) or random.uniform(0.5, 1.0) * 2**attempt)
+            wait = min(error.retry_after, 60.0) or random.uniform(0.5, 1.0) * 2**attempt
+            announce(f"hub: {error}; once more in {wait:.0f} s")
+            time.sleep(wait)
     raise AssertionError
 
 
@@ -47,10 +51,11 @@ class HubView:
     """What was found; the same on all ranks."""
 
     problem: str | None = None
-    """Why the Hub could not be asked, or would not let this run push."""
+    """Why nothing could be pushed now."""
+    states_problem: str | None = None
+    """Why it is not known which states there are."""
     model: Pointer | None = None
-    state: Pointer | None = None
-    """Who has pushed last to the branches of this run's repository."""
+    """Who has pushed last to `main` of this run's repository."""
     states: RemoteStates | None = None
     """Those to go on from, in the repository that --resume names, or this run's own."""
 
@@ -72,56 +77,61 @@ class HubView:
         engine.on_main(on_main)
         return engine.broadcast(view)
 
-    def identity(self, config: RunConfig, run_id: str) -> Identity:
-        """Who this process is to the Hub. Raises `UserError` where the repository holds what is not this run's. On
-        the main process."""
-        if config.hub.repo_id is not None and self.problem is None:
-            repository = Repository(config.hub.repo_id)
-            try:
-                patiently(lambda: require_usable(repository, run_id, (self.model, self.state), repository.head(MAIN)))
-            except ConflictError as error:
-                raise UserError(f"hub.repo_id: {error}") from None
-            except HubError as error:
+    def identity(self, config: RunConfig, run_id: str, step: int) -> Identity:
+        """Who this process is to the Hub; `step`: where it goes on. On the main process.
+
+        Raises `UserError` where the repository holds what is not this run's.
+        """
+        assert config.hub.repo_id is not None
+        repository = Repository(config.hub.repo_id)
+        unsettled = Identity(run_id, step=step, is_settled=False)
+        if self.problem is not None:
+            return unsettled
+        try:
+            pointers = patiently(lambda: require_usable(repository, run_id, config.hub.branch))
+        except ConflictError as error:
+            raise UserError(f"hub.repo_id: {error}") from None
+        except (HubError, DamagedError) as error:
+            if config.hub.strict:
                 raise UserError(f"hub.repo_id: {config.hub.repo_id} cannot be read: {error}") from None
-        known = {pointer.attempt for pointer in (self.model, self.state) if pointer and pointer.run == run_id}
-        return Identity(run_id, known=known, is_settled=self.problem is None)
+            return unsettled
+        return Identity(run_id, step=step, known={pointer.attempt for pointer in pointers if pointer})
 
 
 def _look(config: RunConfig, source: str | None, revision: str | None) -> HubView:
     hub = config.hub
-    model, state = None, None
+    problem, model, found = None, None, None
+    if hub.repo_id is not None:
+        repository = Repository(hub.repo_id)
+        try:
+            problem = patiently(repository.access).problem
+            if problem is None:
+                patiently(lambda: repository.create(private=hub.private))
+                model = patiently(lambda: read_pointer(repository, repository.head(MAIN)))
+        except (HubError, DamagedError) as error:
+            problem = str(error)
+    from_id = source or hub.repo_id
+    if from_id is None or (source is None and problem is not None):
+        return HubView(problem, problem, model)
     try:
-        if hub.repo_id is not None:
-            repository = Repository(hub.repo_id)
-            if problem := patiently(repository.access).problem:
-                return HubView(problem)
-            patiently(lambda: repository.create(private=hub.private))
-            model = patiently(lambda: _pointer(repository, MAIN))
-            state = patiently(lambda: _pointer(repository, hub.branch))
-        from_id = source or hub.repo_id
-        if from_id is None:
-            return HubView()
         found = patiently(lambda: states(Repository(from_id), revision or hub.branch))
-        return HubView(None, model, state, found)
     except (HubError, DamagedError) as error:
-        return HubView(str(error))
+        return HubView(problem, str(error), model)
+    return HubView(problem, None, model, found)
 
 
-def _pointer(repository: Repository, branch: str) -> Pointer | None:
-    head = repository.head_if_any(branch)
-    return read_pointer(repository, head) if head is not None else None
-
-
-def fetch(engine: Engine, view: RemoteStates, root: Path, above: int) -> tuple[Path | None, list[str]]:
+def fetch(
+    engine: Engine, view: RemoteStates, root: Path, above: int, check: Callable[[Manifest], object]
+) -> tuple[Path | None, list[str]]:
     """Put the newest state of a step higher than `above` that is complete and unchanged into `root`, on every node,
     and tell why newer ones are not used. None where there is none.
 
-    Raises `UserError` where that cannot be found out, or the state is another run's than what lies in `root`.
+    `check` looks at a state before it is fetched. Raises `UserError` where that does, or it cannot be fetched.
     """
     notes: list[str] = []
     names = list(view.names)
     while names and manifests.step_number(names[0]) > above:
-        problem = _fetch_on_nodes(engine, view, names[0], root)
+        problem = _fetch_on_nodes(engine, view, names[0], root, check)
         if problem is None:
             return root / names[0], notes
         if problem == MOVED and MOVED not in notes:  # once: it is not for ever
@@ -148,14 +158,16 @@ def _again(engine: Engine, view: RemoteStates) -> RemoteStates:
     return engine.broadcast(found) or view
 
 
-def _fetch_on_nodes(engine: Engine, view: RemoteStates, name: str, root: Path) -> str | None:
+def _fetch_on_nodes(
+    engine: Engine, view: RemoteStates, name: str, root: Path, check: Callable[[Manifest], object]
+) -> str | None:
     """One download for each disk. Returns what is wrong with the state."""
     damage: str | None = None
 
     def get() -> None:
         nonlocal damage
         try:
-            patiently(lambda: pull(view, name, root, announce))
+            patiently(lambda: pull(view, name, root, announce, check))
         except DamagedError as error:
             damage = str(error)
         except HubError as error:
@@ -175,21 +187,49 @@ def _fetch_on_nodes(engine: Engine, view: RemoteStates, name: str, root: Path) -
     return next((text for text in engine.gather(damage) if text is not None), None)
 
 
-def fetch_metrics(config: RunConfig) -> None:
-    """Give a run directory that begins on this machine the logged steps from before, for the curves. On the main
-    process; where they cannot be had, the run does without."""
-    target = config.output_dir / METRICS
-    if config.hub.repo_id is None or target.exists():
-        return
-    repository = Repository(config.hub.repo_id)
-    with contextlib.suppress(HubError, OSError):
-        if content := repository.read(METRICS, repository.head(MAIN)):
-            target.write_bytes(content)
+def run_of(view: RemoteStates) -> str | None:
+    """The run that the states belong to; None where that cannot be told. Raises `UserError`. On the main process."""
+    if view.pointer is not None:
+        return view.pointer.run
+    for name in view.names:
+        try:
+            return patiently(lambda name=name: read_manifest(view, name))[0].progress.get("run_id")
+        except DamagedError:
+            continue
+        except HubError as error:
+            raise UserError(f"{view.repo_id}: {error}; try again") from None
+    return None
 
 
-def run_of(view: RemoteStates, name: str) -> str | None:
-    """The run that a state belongs to; None where that cannot be told."""
-    try:
-        return read_manifest(view, name)[0].progress.get("run_id")
-    except DamagedError:
-        return None
+def fetch_model(engine: Engine, config: RunConfig, pointer: Pointer | None, step: int) -> bool:
+    """Put the model of `step`, which this run has pushed from another machine, into model/. Returns whether that was
+    possible."""
+    done = False
+
+    def on_main() -> None:
+        nonlocal done
+        if pointer is None or pointer.step != step or config.hub.repo_id is None:
+            return
+        repository = Repository(config.hub.repo_id)
+        hashes = {
+            name: sha256
+            for name, sha256 in pointer.files.items()
+            if FILE_NAME.fullmatch(name) and name.endswith(KINDS) and name not in NO_MODEL
+        }
+
+        def write(directory: Path) -> None:
+            head = repository.head(MAIN)
+            entries = repository.tree(head)
+            if any(entries.get(name) is None for name in hashes):
+                raise DamagedError("the model on the Hub is not the one that was pushed")
+            files = {
+                name: File(entry.size, hashes[name]) for name, entry in entries.items() if entry and name in hashes
+            }
+            fetch_files(repository, "", head, files, directory)
+
+        with contextlib.suppress(HubError, DamagedError):
+            patiently(lambda: publish_directory(config.output_dir / "model", write))
+            done = True
+
+    engine.on_main(on_main)
+    return engine.broadcast(done)

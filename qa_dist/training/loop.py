@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from qa_dist.checkpoint.publication import Pointer
 from qa_dist.checkpoint.state import full_weights
 from qa_dist.config import RunConfig
 from qa_dist.errors import NotPushedError, TrainingError, UserError
@@ -24,7 +25,7 @@ from qa_dist.training.engine import Engine
 from qa_dist.training.evaluation import evaluate
 from qa_dist.training.export import export_model
 from qa_dist.training.health import FlopsPerWindow, Meter, peak_flops, peak_memory
-from qa_dist.training.hub_view import HubView
+from qa_dist.training.hub_view import HubView, fetch_model
 from qa_dist.training.preemption import StopRequest
 from qa_dist.training.prefetch import made_ahead
 from qa_dist.training.publishing import STOPPED_SECONDS, Publisher
@@ -93,6 +94,10 @@ class Training:
         self.step = Step(settings, self.engine, self.task, self.training_set, self.micro_batch_size, self.stop)
         published = self.publisher.offer_state
         self.checkpointer = Checkpointer(self.config, self.engine, self.run, self.task, self.data_digest, published)
+        self.has_model = False
+        """Whether model/ is in this run directory: a run that goes on elsewhere has left it where it was."""
+        self.pushed_model: Pointer | None = None
+        """What the Hub had of the model at the start."""
         self.tracker.background = lambda: self.publisher.status
 
     def _plan(self, epoch: int) -> list[Indices]:
@@ -124,8 +129,7 @@ class Training:
             self.progress = Progress.of(values)
         except (KeyError, TypeError):
             raise UserError(f"{checkpoint.path}: its manifest does not say how far training was") from None
-        if not self.engine.broadcast((self.run.path / "model").is_dir()):
-            self.progress.exported_epoch = None  # it was another directory's
+        self.has_model = self.engine.broadcast((self.run.path / "model").is_dir())
         self.engine.strategy.set_step_count(self.progress.updates)
         self.engine.strategy.restore_loss_scale(scaler)
         self.run.step = self.progress.step
@@ -133,13 +137,19 @@ class Training:
 
     def catch_up(self, checkpoint: Checkpoint, view: HubView) -> None:
         """Push what the run directory has of an earlier attempt, and the Hub has not."""
+        self.pushed_model = view.model
         there = view.states.newest_step if view.states and view.states.repo_id == self.config.hub.repo_id else -1
         files = checkpoint.manifest.files
         own_disk = self.engine.is_local_main and not all((checkpoint.path / name).is_file() for name in files)
         if checkpoint.manifest.step > there and (self.engine.is_main or own_disk):
             self.publisher.offer_state(checkpoint.path, checkpoint.manifest)
+        if self.has_model:
+            self._offer_exported()
+
+    def _offer_exported(self) -> None:
+        """Push model/, unless the Hub has it."""
         exported = [row for row in self.progress.history if row["epoch"] == self.progress.exported_epoch]
-        if exported and (view.model is None or view.model.step < exported[0]["step"]):
+        if exported and (self.pushed_model is None or self.pushed_model.step < exported[0]["step"]):
             self.publisher.offer_model(exported[0]["step"], exported[0]["epoch"])
 
     def fit(self) -> None:
@@ -159,8 +169,8 @@ class Training:
                 self.checkpointer.finish()
                 self._finish_pushes()
                 raise
-            if not self.progress.exported_epoch and self.progress.step > 0:
-                self._export_last()
+            if not self.has_model and self.progress.step > 0:
+                self._complete_directory()
             if self.checkpointer.written_step != self.progress.step:
                 self._checkpoint()
             self.checkpointer.finish()
@@ -321,16 +331,31 @@ class Training:
 
         self.engine.on_main(write)
         self.progress.exported_epoch = epoch
+        self.has_model = True
 
-    def _export_last(self) -> None:
-        """Where a run had no epoch left, in a new run directory: fill it as the last epoch would have."""
+    def _complete_directory(self) -> None:
+        """Where a run that went on in a new directory had no (better) epoch left: fill the directory all the same, with
+        the best model if it is on the Hub, else with the last one."""
+        exported = [row for row in self.progress.history if row["epoch"] == self.progress.exported_epoch]
+        last = self.progress.history[-1]["epoch"]
+        if exported and self.progress.exported_epoch != last:
+            if fetch_model(self.engine, self.config, self.pushed_model, exported[0]["step"]):
+                self._write_metrics()
+                self.tracker.say(f"model/ is that of epoch {exported[0]['epoch']}, from the Hub")
+                return
+            self.tracker.say(
+                f"note: model/ is that of epoch {last}; the better one of epoch {exported[0]['epoch']} is where the "
+                "run was before"
+            )
         score = None
         if "validation" in self.sets:
-            score = evaluate(
-                self.engine, self.task, self.sets["validation"], self.config.evaluation.batch_size, self.stop
-            )
-        self._export(self.progress.history[-1]["epoch"], score)
+            batch_size = self.config.evaluation.batch_size
+            score = evaluate(self.engine, self.task, self.sets["validation"], batch_size, self.stop)
+        is_best = not exported or self.progress.exported_epoch == last
+        self._export(last, score)
         self._write_metrics()
+        if is_best:
+            self._offer_exported()
 
     def _write_metrics(self) -> None:
         """metrics.json: the figures of the exported epoch, and all epochs' history."""

@@ -39,10 +39,9 @@ def shared_store(engine: Engine, nodes: int) -> Store | None:
 class NodeUploads:
     """What the nodes tell each other of their uploads."""
 
-    def __init__(self, store: Store, repository: Repository, branch: str):
+    def __init__(self, store: Store, repository: Repository):
         self.store = store
         self.repository = repository
-        self.branch = branch
 
     def upload(self, push: Push, count_commit: Callable[[], None]) -> None:
         """Upload the shards that this node has of a state. Raises `HubError`."""
@@ -51,7 +50,6 @@ class NodeUploads:
         folder = directory_name(push.step)
         try:
             self.repository.upload(
-                self.branch,
                 {f"{folder}/{name}": path for name, path in own.items()},
                 {f"{folder}/{name}": manifest.files[name].sha256 for name in own},
             )

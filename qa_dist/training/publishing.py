@@ -25,7 +25,7 @@ DIRECTORY = ".hub"
 """Where files lie in a run directory until they are pushed: copies, which are links as far as the disk has them."""
 STORY = ("config.yaml", "environment.json", "metrics.json", "metrics.jsonl", "status.json")
 """What the model card tells of."""
-SHOWN = ("metrics.json", "metrics.jsonl", "predictions_summary.json")
+SHOWN = ("metrics.json", "predictions_summary.json")
 """What is pushed beside the model as it is."""
 STOPPED_SECONDS = 10.0
 """How long a run that was asked to stop waits for the Hub: a batch system kills it soon after."""
@@ -75,12 +75,13 @@ class Publisher:
         self._due: dict[Lane, Due] = {"state": Due(count, unit), "model": Due(count, unit)}
         self._told: dict[str, str] = {}
         self.queue: PushQueue | None = None
+        if run.is_main:  # of a run that was killed
+            shutil.rmtree(run.path / DIRECTORY, ignore_errors=True)
         if hub.repo_id is None:
             return
         repository = Repository(hub.repo_id)
-        self.uploads = NodeUploads(store, repository, hub.branch) if store is not None else None
+        self.uploads = NodeUploads(store, repository) if store is not None else None
         if identity is not None:
-            shutil.rmtree(run.path / DIRECTORY, ignore_errors=True)  # of a run that was killed
             self.publication = Publication(repository, identity, hub.branch, hub.keep)
             if self.uploads is not None:
                 self.publication.wait_for_shards = self.uploads.wait_for
@@ -129,7 +130,8 @@ class Publisher:
             files.mkdir()
             story.mkdir()
             for path in (self.run.path / "model").iterdir():
-                _link(path, files / path.name)
+                if path.is_file():
+                    _link(path, files / path.name)
             for name in SHOWN:
                 _copy_if_there(self.run.path / name, files / name)
             for name in STORY:
@@ -155,9 +157,11 @@ class Publisher:
         """Add what takes a while to make, in the worker thread. Returns the directory that holds what is pushed."""
         files, story = directory / "files", directory / "story"
         logs = self.run.path / "tensorboard"
-        for path in logs.iterdir() if logs.is_dir() else ():
-            (files / "tensorboard").mkdir(exist_ok=True)
-            shutil.copy(path, files / "tensorboard" / path.name)
+        for path in logs.rglob("*") if logs.is_dir() else ():
+            if path.is_file():
+                target = files / "tensorboard" / path.relative_to(logs)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, target)
         try:
             self._add_card(story, files)
         except Exception as error:  # a card that cannot be made must not keep the model back
@@ -168,9 +172,9 @@ class Publisher:
         assert self.hub.repo_id is not None
         image = curves(story)
         if image is not None:
-            (files / CURVES).write_bytes(image)
+            _write(files / CURVES, image)
         card = model_card(story, self.hub.repo_id, license=self.hub.license or _license_of(base_model(story)))
-        (files / "README.md").write_text(card, encoding="utf-8")
+        _write(files / "README.md", card.encode())
 
     # ------------------------------------------------------------------------------------- how it goes
 
@@ -220,9 +224,15 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def _write(target: Path, content: bytes) -> None:
+    """Not into what is a link to somebody's file."""
+    target.unlink(missing_ok=True)
+    target.write_bytes(content)
+
+
 def _copy_if_there(source: Path, target: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
-        shutil.copyfile(source, target)
+        _write(target, source.read_bytes())
 
 
 def _license_of(base: str | None) -> str | None:

@@ -101,12 +101,12 @@ def _find_own(engine: Engine, config: RunConfig, resume: Resume, view: HubView) 
     local, notes = _newest(engine, root)
     here = local.manifest.step if local else -1
     remote = view.states
-    if resume.is_from_hub and view.problem:
-        raise UserError(f"--resume {resume.source}: {view.problem}")
+    if resume.is_from_hub and view.states_problem:
+        raise UserError(f"--resume {resume.source}: {view.states_problem}")
     if remote is None or not remote.names:
         if resume.is_from_hub:
             raise UserError(f"--resume {resume.source}: there is no state of training on that branch")
-        if view.problem and local is None:
+        if view.states_problem and local is None:
             notes.append("the Hub could not be asked whether it holds states of this run, so the run starts anew")
         return local, notes
     if resume.is_from_hub and here > remote.newest_step:
@@ -118,12 +118,17 @@ def _find_own(engine: Engine, config: RunConfig, resume: Resume, view: HubView) 
         return local, notes
     if not _is_of_same_run(engine, config, local, remote):
         if resume.is_auto:
+            notes.append(f"the states in {remote.repo_id} are another run's, and not used")
             return local, notes
         raise UserError(
             f"--resume {resume.source}: {config.output_dir} holds another run than {remote.repo_id}, and nothing is "
-            "overwritten; set --run.output_dir to another directory"
+            "overwritten: go on with it (--resume auto), or set --run.output_dir to another directory"
         )
-    path, more = fetch(engine, remote, root, here if resume.is_auto else here - 1)
+
+    def check(manifest: Manifest) -> None:
+        check_settings(manifest, config, resume.allow_changed)
+
+    path, more = fetch(engine, remote, root, here if resume.is_auto else here - 1, check)
     if path is None and local is None:
         raise UserError(f"--resume {resume.source}: no state of training can be used: {'; '.join(more)}")
     if path is None:
@@ -144,7 +149,8 @@ def _is_of_same_run(engine: Engine, config: RunConfig, local: Checkpoint | None,
             if not is_same_run(config):
                 require_free(config.output_dir)
             return
-        same = run_of(remote, remote.names[0]) == local.manifest.progress.get("run_id")
+        theirs = run_of(remote)
+        same = theirs in (local.manifest.progress.get("run_id"), read_status(config.output_dir).get("run"))
 
     engine.on_main(on_main)
     return engine.broadcast(same)

@@ -18,7 +18,7 @@ from qa_dist.tasks.task import FeatureSet, Task
 from qa_dist.training.engine import Engine, is_lost_connection
 from qa_dist.training.evaluation import evaluate
 from qa_dist.training.health import FlopsPerWindow
-from qa_dist.training.hub_view import HubView, fetch_metrics
+from qa_dist.training.hub_view import HubView
 from qa_dist.training.launch_environment import LaunchEnvironment
 from qa_dist.training.loop import Training
 from qa_dist.training.micro_batch import micro_batch_size
@@ -67,9 +67,8 @@ def train(config: RunConfig, launch: LaunchEnvironment, resume: Resume) -> None:
             in_place = _is_in(checkpoint, config)
             training.resume(checkpoint, in_place=in_place)
             kept = checkpoint.manifest.progress.get("metrics_bytes", 0) if in_place else 0
-            if in_place:
-                engine.on_main(lambda: fetch_metrics(config))
-            engine.on_main(lambda: run.go_on(to_yaml(config), kept))
+            state = checkpoint.path if in_place else None
+            engine.on_main(lambda: run.go_on(to_yaml(config), kept, state))
             if in_place:
                 training.catch_up(checkpoint, session.view)
         training.fit()
@@ -128,19 +127,20 @@ def _session(
             view = HubView.look(engine, config, *resume.repository)
         checkpoint, notes = find(engine, config, resume, view)
         if view.problem:
-            notes.append(f"hub: {view.problem}; training goes on, and pushing is tried all the same")
+            notes.append(f"hub: {view.problem}. Training starts, and pushing is tried all the same")
         goes_on = checkpoint is not None and _is_in(checkpoint, config)
         if checkpoint is not None:
             notes += [f"changed: {note}" for note in check_settings(checkpoint.manifest, config, resume.allow_changed)]
             run.step = checkpoint.manifest.step
         is_own = goes_on or (checkpoint is None and resume.is_in_place and is_same_run(config))
-        run.id = engine.broadcast(_run_id(config, checkpoint, is_own))
+        is_fork = resume.repository[0] not in (None, config.hub.repo_id)
+        run.id = engine.broadcast(_run_id(config, checkpoint, is_own, is_fork))
         identity: Identity | None = None
 
         def identify() -> None:
             nonlocal identity
             if trains and config.hub.repo_id is not None:
-                identity = view.identity(config, run.id)
+                identity = view.identity(config, run.id, checkpoint.manifest.step if checkpoint else 0)
 
         engine.on_main(identify)
         engine.on_main(lambda: run.open(to_yaml(config), engine.description, is_own=is_own, goes_on=goes_on))
@@ -165,12 +165,14 @@ def _session(
     engine.close()
 
 
-def _run_id(config: RunConfig, checkpoint: Checkpoint | None, is_own: bool) -> str:
-    """That of the run that goes on, or a new one."""
-    before = checkpoint.manifest.progress.get("run_id") if checkpoint else None
-    if checkpoint is None and is_own:
-        before = read_status(config.output_dir).get("run")
-    return before if isinstance(before, str) and before else new_id()
+def _run_id(config: RunConfig, checkpoint: Checkpoint | None, is_own: bool, is_fork: bool) -> str:
+    """That of the run that goes on, or a new one. `is_fork`: the state is of another repository than this run's."""
+    if not is_own:
+        return new_id()  # what goes on elsewhere from another run's state is another run
+    before = [read_status(config.output_dir).get("run")]
+    if checkpoint is not None and not is_fork:
+        before.append(checkpoint.manifest.progress.get("run_id"))
+    return next((name for name in before if isinstance(name, str) and name), new_id())
 
 
 class _Parts(NamedTuple):

@@ -15,10 +15,23 @@ from qa_dist.checkpoint.manifest import File, Manifest
 from qa_dist.checkpoint.publication import ConflictError, Identity, Publication, require_usable
 from qa_dist.checkpoint.push_queue import Lane, Push, PushQueue, Summary
 from qa_dist.checkpoint.store import directory_name, write_manifest, write_shard
-from tests.hub_server import DROP, DROP_IN_BODY, LOST_ANSWER, Action, Fault, HubServer, User, hang, online, status
+from tests.hub_server import (
+    DROP,
+    DROP_IN_BODY,
+    ENDLESS,
+    LOST_ANSWER,
+    Action,
+    Fault,
+    HubServer,
+    User,
+    hang,
+    online,
+    status,
+)
 
 REPO = "alice/model"
 STATES = "training-state"
+pytestmark = pytest.mark.filterwarnings("ignore:Warnings while validating metadata")
 
 
 def make_state(directory: Path, step: int, *, shards: int = 2) -> Manifest:
@@ -272,12 +285,86 @@ def test_a_run_that_could_not_ask_before_recognizes_its_own(hub: HubServer, runn
         assert len(summary.missing) == failures, summary
 
 
+def test_an_older_copy_of_the_run_does_not_undo_the_newer(hub: HubServer, runner: Runner, tmp_path: Path):
+    for step in (38, 39):
+        runner.push("state", step)
+    runner.push("model", 39)
+    older = Runner(tmp_path, settled=False)
+    summary = older.queued(older.make("state", 26), older.make("model", 26))
+    assert len(summary.missing) == 2
+    assert (
+        "is at step 39 of this run already, and this is step 26: an older copy" in summary.missing["state of step 26"]
+    )
+    require_whole(hub, 39, 38)
+    assert hub.repo(REPO).read("model.safetensors") == b"weights 39"
+
+
+@pytest.mark.parametrize(
+    "action", [status(404), status(404, {"X-Error-Code": "EntryNotFound"}), status(200, body=b"<html>"), status(503)]
+)
+def test_who_pushed_is_not_guessed_at(hub: HubServer, runner: Runner, tmp_path: Path, action: Action):
+    """A pointer that cannot be read just now is not taken for none."""
+    runner.push("state", 100)
+    other = Runner(tmp_path, run="other")
+    hub.faults.add(Fault("GET", "/resolve/.*/pushed.json", action, times=None))
+    with pytest.raises(HubError):
+        other.push("state", 8)
+    hub.faults.clear()
+    with pytest.raises(ConflictError):
+        other.push("state", 8)
+    require_whole(hub, 100)
+
+
 def test_what_is_not_ours_is_not_overwritten(hub: HubServer, runner: Runner):
-    head = runner.repository.head("main")
-    require_usable(runner.repository, "r", (None, None), head)
-    hub.repo(REPO).commit_as("alice", {"pytorch_model.bin": b"years of work"}, branch="main")
+    repo = hub.repo(REPO)
+    require_usable(runner.repository, "r", STATES)
+    repo.commit_as("alice", {"pytorch_model.bin": b"years of work"}, branch="main")
     with pytest.raises(ConflictError, match=r"holds a model already \(pytorch_model.bin\)"):
-        require_usable(runner.repository, "r", (None, None), runner.repository.head("main"))
+        require_usable(runner.repository, "r", STATES)
+    with pytest.raises(ConflictError, match="holds a model already"):
+        runner.push("model", 1)
+    repo.commit_as("alice", {"pytorch_model.bin": None}, branch="main")
+    repo.create_branch(STATES)
+    repo.commit_as("alice", {"step_00000100/mine.txt": b"mine"}, branch=STATES)
+    with pytest.raises(ConflictError, match=r"the branch training-state of alice/model holds step_00000100"):
+        require_usable(runner.repository, "r", STATES)
+    with pytest.raises(ConflictError, match="name another"):
+        runner.push("state", 1)
+    assert repo.read("step_00000100/mine.txt", STATES) == b"mine"
+
+
+def test_a_folder_of_a_person_on_our_branch_stays(hub: HubServer, runner: Runner):
+    runner.push("state", 1)
+    hub.repo(REPO).commit_as("alice", {"step_00000007/mine.txt": b"mine"}, branch=STATES)
+    for step in (2, 3, 4):
+        runner.push("state", step)
+    assert hub.repo(REPO).read("step_00000007/mine.txt", STATES) == b"mine"
+
+
+def test_the_model_does_not_stay_on_the_branch_of_states(hub: HubServer, runner: Runner, tmp_path: Path):
+    """The branch begins as a copy of main, also where the first commit to it fails, or another process makes it."""
+    runner.push("model", 1)
+    hub.faults.add(Fault("POST", f"/commit/{STATES}", status(503), times=1))
+    with pytest.raises(HubError):
+        runner.push("state", 1)
+    later = Runner(tmp_path)
+    later.publication.identity.known.add(runner.publication.identity.attempt)
+    later.push("state", 2)
+    assert {path.partition("/")[0] for path in hub.repo(REPO).files(STATES)} <= {
+        *(".gitattributes", "README.md", "pushed.json", "step_00000002")
+    }
+    assert hub.repo(REPO).read("model.safetensors") == b"weights 1"
+
+
+def test_storage_is_bounded_however_often_the_run_is_preempted(hub: HubServer, tmp_path: Path, runner: Runner):
+    known: set[str] = set()
+    for attempt in range(6):
+        later = Runner(tmp_path, keep=3)
+        later.publication.identity.known |= known
+        known.add(later.publication.identity.attempt)
+        for step in (1, 2):
+            later.push("state", 10 * attempt + step)
+        assert len(hub.repo(REPO).commits(STATES)) <= 4
 
 
 def test_a_card_written_by_hand_stays(hub: HubServer, runner: Runner):
@@ -339,9 +426,8 @@ def test_each_node_uploads_its_shards_and_one_commits(hub: HubServer, runner: Ru
 
     main_store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     node_store = TCPStore("127.0.0.1", main_store.port, is_master=False)
-    runner.repository.create_branch(STATES)
-    main = NodeUploads(main_store, runner.repository, STATES)
-    node = NodeUploads(node_store, Repository(REPO), STATES)
+    main = NodeUploads(main_store, runner.repository)
+    node = NodeUploads(node_store, Repository(REPO))
     runner.publication.wait_for_shards = main.wait_for
     on_main, on_node = runner.make("state", 3), runner.make("state", 3)
     (on_main.directory / "state-00001-of-00002.safetensors").unlink()
@@ -362,7 +448,7 @@ def test_a_node_whose_uploads_fail_is_heard(hub: HubServer, runner: Runner, monk
 
     from qa_dist.training.node_uploads import NodeUploads
 
-    uploads = NodeUploads(HashStore(), runner.repository, STATES)
+    uploads = NodeUploads(HashStore(), runner.repository)
     runner.publication.wait_for_shards = uploads.wait_for
     on_main, on_node = runner.make("state", 3), runner.make("state", 3)
     (on_main.directory / "state-00001-of-00002.safetensors").unlink()
@@ -388,6 +474,22 @@ def test_access_is_seen_without_a_change(hub: HubServer, runner: Runner, monkeyp
         problem(REPO, "hf_nonsense")
     with pytest.raises(KeyError):
         hub.repo("alice/new")
+
+
+def test_a_hub_that_asks_for_a_hundred_hours(hub: HubServer, runner: Runner):
+    hub.faults.add(Fault("POST", "/commit/", status(429, {"Retry-After": "360000"}), times=1))
+    with pytest.raises(HubError) as error:
+        runner.push("state", 1)
+    assert error.value.retry_after == hub_client.MOST_PATIENCE
+
+
+def test_an_answer_that_drips(hub: HubServer, runner: Runner, monkeypatch: pytest.MonkeyPatch):
+    """Each piece comes in time, but it would take for ever."""
+    monkeypatch.setattr(hub_client, "TIMEOUT", hub_client.httpx2.Timeout(0.3))
+    monkeypatch.setattr(hub_client, "SLOWEST", 1e12)
+    hub.faults.add(Fault("GET", "/resolve/", ENDLESS, times=1))
+    with pytest.raises(HubError, match="no answer within"):
+        runner.repository.read(".gitattributes", "main", 2**40)
 
 
 def test_offline_is_said(hub: HubServer, runner: Runner, monkeypatch: pytest.MonkeyPatch):
