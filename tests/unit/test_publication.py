@@ -1,20 +1,17 @@
 """What lies where on the Hub, whatever goes wrong on the way: the real client, and a Hub of the test's own."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from qa_dist.checkpoint import hub as hub_module
 from qa_dist.checkpoint import hub_client
 from qa_dist.checkpoint.hub import Repository
 from qa_dist.checkpoint.hub_client import HubError, Remedy
-from qa_dist.checkpoint.manifest import File, Manifest
-from qa_dist.checkpoint.publication import ConflictError, Identity, Publication, require_usable
-from qa_dist.checkpoint.push_queue import Lane, Push, PushQueue, Summary
-from qa_dist.checkpoint.store import directory_name, write_manifest, write_shard
+from qa_dist.checkpoint.publication import ConflictError, require_usable
+from qa_dist.checkpoint.push_queue import Push, PushQueue
+from tests.hub_runs import REPO, STATES, Runner, make_state, require_whole
 from tests.hub_server import (
     DROP,
     DROP_IN_BODY,
@@ -29,64 +26,7 @@ from tests.hub_server import (
     status,
 )
 
-REPO = "alice/model"
-STATES = "training-state"
 pytestmark = pytest.mark.filterwarnings("ignore:Warnings while validating metadata")
-
-
-def make_state(directory: Path, step: int, *, shards: int = 2) -> Manifest:
-    """A small checkpoint."""
-    directory.mkdir(parents=True)
-    files, tensors = {}, {}
-    for rank in range(shards):
-        name = f"state-{rank:05d}-of-{shards:05d}.safetensors"
-        own = {f"weight/w{rank}": torch.full((64,), float(step * 10 + rank))}
-        files[name] = write_shard(directory, name, own)
-        tensors |= {key: list(tensor.shape) for key, tensor in own.items()}
-    (directory / "config.json").write_text("{}")
-    files["config.json"] = File.of(directory / "config.json")
-    manifest = Manifest(step, 1, "", shards, {}, "", {"run_id": "r"}, None, tensors, files)
-    write_manifest(directory, manifest)
-    return manifest
-
-
-def make_model(directory: Path, step: int, **files: str) -> Path:
-    directory.mkdir(parents=True)
-    content = {"model.safetensors": f"weights {step}", "config.json": "{}", "README.md": f"# Model of step {step}\n"}
-    for name, text in (content | files).items():
-        path = directory / name.replace("__", "/")
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
-    return directory
-
-
-class Runner:
-    """A run's pushes, one after the other."""
-
-    def __init__(self, tmp_path: Path, run: str = "r", *, keep: int = 2, repo_id: str = REPO, settled: bool = True):
-        self.tmp_path = tmp_path
-        self.count = 0
-        self.repository = Repository(repo_id)
-        self.repository.create(private=True)
-        self.publication = Publication(self.repository, Identity(run, is_settled=settled), STATES, keep)
-
-    def make(self, lane: Lane, step: int, **files: str) -> Push:
-        self.count += 1
-        directory = self.tmp_path / f"{self.publication.identity.attempt}-{self.count}"
-        if lane == "state":
-            make_state(directory, step)
-        else:
-            make_model(directory, step, **files)
-        return Push(lane, step, directory)
-
-    def push(self, lane: Lane, step: int, **files: str) -> None:
-        self.publication.push(self.make(lane, step, **files), lambda: None)
-
-    def queued(self, *pushes: Push, seconds: float = 60) -> Summary:
-        queue = PushQueue(self.publication.push)
-        for one in pushes:
-            queue.submit(one)
-        return queue.drain(seconds)
 
 
 @pytest.fixture
@@ -98,22 +38,6 @@ def runner(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> R
 def commits(hub: HubServer, branch: str) -> list[str]:
     """Their titles, the oldest first, without the repository's first one."""
     return [commit.title for commit in reversed(hub.repo(REPO).commits(branch))][1:]
-
-
-def require_whole(hub: HubServer, *steps: int) -> None:
-    """The branch of states holds exactly these, newest first, and every file is what its manifest says."""
-    repo = hub.repo(REPO)
-    files = repo.files(STATES)
-    folders = {path.partition("/")[0] for path in files if "/" in path}
-    assert folders == {directory_name(step) for step in steps}
-    pointer = json.loads(repo.read("pushed.json", STATES))
-    assert list(pointer["states"]) == [directory_name(step) for step in steps]
-    for folder in folders:
-        content = repo.read(f"{folder}/manifest.json", STATES)
-        assert hub_module.sha256_of(content) == pointer["states"][folder]
-        manifest = Manifest.parse(json.loads(content), folder)
-        for name, file in manifest.files.items():
-            assert hub_module.sha256_of(repo.read(f"{folder}/{name}", STATES)) == file.sha256
 
 
 def test_what_lies_where(hub: HubServer, runner: Runner):

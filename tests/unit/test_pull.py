@@ -16,8 +16,8 @@ from qa_dist.checkpoint.hub_client import HubError
 from qa_dist.checkpoint.manifest import DamagedError, Manifest, damage
 from qa_dist.checkpoint.pull import pull, states
 from qa_dist.errors import UserError
+from tests.hub_runs import REPO, STATES, Runner, make_state
 from tests.hub_server import DROP_IN_BODY, ENDLESS, FLIP_BYTE, TRUNCATE, Action, Fault, HubServer, status
-from tests.unit.test_publication import REPO, STATES, Runner, make_state
 
 SHARD = "state-00000-of-00002.safetensors"
 
