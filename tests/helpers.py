@@ -127,11 +127,17 @@ class Launcher:
             raise AssertionError(f"no end after {timeout} s:\n{output}") from None
         return Launch(process.returncode, output)
 
-    def start(self, command: Sequence[str]) -> subprocess.Popen[str]:
+    def start_in(
+        self, directory: Path, engine: str, processes: int, *program: str, **more: Any
+    ) -> subprocess.Popen[str]:
+        """One node of several, which sees `directory` as its own."""
+        return self.start(self.command(engine, processes, *program, **more), directory)
+
+    def start(self, command: Sequence[str], directory: Path = ROOT) -> subprocess.Popen[str]:
         """In a process group of its own, so that the launcher and all ranks can be ended together."""
         return subprocess.Popen(
             command,
-            cwd=ROOT,
+            cwd=directory,
             env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -137,7 +138,9 @@ class RunDirectory:
             return
         path = self.path / METRICS
         if state is not None and (state / METRICS).is_file():
-            self.write(METRICS, (state / METRICS).read_text(encoding="utf-8"))
+            temporary = self.path / f".{METRICS}.tmp"
+            shutil.copyfile(state / METRICS, temporary)
+            temporary.replace(path)
         elif metrics_bytes == 0:
             path.unlink(missing_ok=True)
         elif self.metrics_bytes > metrics_bytes:

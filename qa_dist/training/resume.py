@@ -55,8 +55,8 @@ class Resume:
     @property
     def repository(self) -> tuple[str | None, str | None]:
         """Id and revision of the repository that is named; None for this run's own, and its newest state."""
-        name, _, revision = self.source.partition(":")[2].partition("@")
-        return name or None, revision or None
+        name, _, revision = self.source.removeprefix("hub").removeprefix(":").partition("@")
+        return (name or None, revision or None) if self.is_from_hub else (None, None)
 
 
 @dataclass(frozen=True)

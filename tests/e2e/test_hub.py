@@ -117,6 +117,39 @@ def test_both_upload_protocols(hub: HubServer, tmp_path: Path, launcher: Launche
     assert "going on from" in done.output
 
 
+def test_nodes_with_disks_of_their_own(hub: HubServer, tmp_path: Path):
+    """Two nodes, each with a run directory that the other does not see: each uploads its shards, one commits them, and
+    when both disks are lost each node fetches the state once."""
+    plan = {"zero_stage": 2, "deepspeed_multinode_launcher": "standard", "zero3_init_flag": False}
+    plan |= {"offload_optimizer_device": "none", "offload_param_device": "none"}
+
+    def train_on_both(*more: str) -> list[str]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        nodes = []
+        for rank in (0, 1):
+            directory = tmp_path / f"node{rank}"
+            directory.mkdir(exist_ok=True)
+            settings = {"num_machines": 2, "machine_rank": rank, "main_process_ip": "127.0.0.1"}
+            settings |= {"main_process_port": port, "rdzv_backend": "static", "deepspeed_config": plan}
+            program = ("-m", "qa_dist", "train", *FLAGS, "--run.output_dir", "run", *more)
+            nodes.append(Launcher(directory).start_in(directory, "zero2", 2, *program, **settings))
+        outputs = [node.communicate(timeout=120)[0] for node in nodes]
+        assert [node.returncode for node in nodes] == [0, 0], outputs
+        return outputs
+
+    train_on_both()
+    shards = [sorted(path.name for path in (tmp_path / f"node{rank}").rglob("state-*")) for rank in (0, 1)]
+    assert set(shards[0]).isdisjoint(shards[1])
+    assert steps_of(hub)[0] == LAST
+    for rank in (0, 1):
+        shutil.rmtree(tmp_path / f"node{rank}")
+    outputs = train_on_both("--resume", "auto", "--train.epochs", "3", "--allow_changed", "train.epochs")
+    assert all(output.count("fetching step_00000026") == 1 for output in outputs)
+    assert steps_of(hub)[0] == 39
+
+
 # ----------------------------------------------------------------------------------------- when it fails
 
 
