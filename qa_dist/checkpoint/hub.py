@@ -84,7 +84,8 @@ class Access:
 
 
 class Repository:
-    """A model repository. All its methods raise `HubError`."""
+    """A model repository. All its methods raise `HubError`; those that read, `DamagedError` for what is not to be
+    read."""
 
     def __init__(self, repo_id: str):
         self.id = repo_id
@@ -176,7 +177,7 @@ class Repository:
                     raise DamagedError(f"{path} is not what its manifest says (sha256 {found.sha256[:12]}…)")
             except HubError as error:
                 size = target.stat().st_size if target.is_file() else 0
-                if size > reached:  # it gets on
+                if size - reached >= max(2**20, expected.size // 100):  # it gets on
                     attempt, reached = 0, size
                 if error.remedy is not Remedy.RETRY or attempt >= tries:
                     raise

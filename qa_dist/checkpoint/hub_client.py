@@ -122,6 +122,7 @@ def with_time_outs() -> None:
     def make_client() -> httpx2.Client:
         client = default_client_factory()
         client.timeout = TIMEOUT
+        client.event_hooks["request"].append(_limit)
         client.event_hooks["response"].append(_watch)
         return client
 
@@ -129,6 +130,14 @@ def with_time_outs() -> None:
     disable_progress_bars()
     # its remarks on what it is told to do on purpose
     warnings.filterwarnings("ignore", category=UserWarning, module=r"huggingface_hub\.")
+
+
+def _limit(request: httpx2.Request) -> None:
+    """Listings ask for no time-out at all, whatever the client's own is."""
+    asked = request.extensions.get("timeout", {})
+    request.extensions["timeout"] = {
+        name: limit if asked.get(name) is None else asked[name] for name, limit in TIMEOUT.as_dict().items()
+    }
 
 
 class _Watched(httpx2.SyncByteStream):

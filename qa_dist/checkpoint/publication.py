@@ -102,7 +102,7 @@ class Identity:
     run: str
     attempt: str = field(default_factory=new_id)
     step: int = 0
-    """The newest that this process has a state of."""
+    """The newest that this process goes on from, or has pushed anything of."""
     known: set[str] = field(default_factory=set)
     """Earlier attempts whose work this one goes on with."""
     is_settled: bool = True
@@ -304,9 +304,11 @@ def require_usable(repository: Repository, run: str, branch: str) -> tuple[Point
     pointers = (read_pointer(repository, main), read_pointer(repository, states) if states else None)
     for pointer in pointers:
         if pointer is not None and pointer.run != run:
+            has_states = pointers[1] is not None and pointers[1].states
+            advice = "go on with it (--resume hub), or name" if has_states else "name"
             raise ConflictError(
-                f"{repository.id} holds another run (at step {pointer.step}), and nothing is overwritten: go on with "
-                f"it (--resume hub), or name another repository"
+                f"{repository.id} holds another run (at step {pointer.step}), and nothing is overwritten: {advice} "
+                "another repository"
             )
     if pointers[0] is None:
         require_no_model(repository, main)

@@ -116,7 +116,8 @@ class PushQueue:
         self._count = 0
         self._events: list[Event] = []
         self._summary = Summary()
-        self._newest: dict[Lane, str] = {}
+        self._newest: dict[Lane, Push] = {}
+        self._landed: dict[Lane, Push] = {}
         self._thread = threading.Thread(target=self._work, name="push-queue", daemon=True)
         self._thread.start()
 
@@ -128,7 +129,7 @@ class PushQueue:
             self._count += 1
             now = self._clock.now()
             older = self._waiting.get(push.lane)
-            self._newest[push.lane] = push.name
+            self._newest[push.lane] = push
             self._waiting[push.lane] = _Job(push, self._count, now, now)
             if older is not None:
                 self._end(older, "superseded", older.problem)
@@ -154,14 +155,14 @@ class PushQueue:
     def give_up(self, push: Push, reason: str) -> None:
         """Take note of a push that cannot even be tried."""
         with self._changed:
-            self._newest[push.lane] = push.name
+            self._newest[push.lane] = push
             self._end(_Job(push, 0, self._clock.now(), 0.0), "failed", reason)
 
     def drain(
         self, seconds: float, give_up: Callable[[], bool] = lambda: False, tell: Callable[[], None] = lambda: None
     ) -> Summary:
-        """Wait until nothing is left to push, at most so long and until `give_up`, and take no more. `tell` is called
-        now and then. Call it once."""
+        """Wait until nothing is left to push, at most so long and until `give_up`. `tell` is called now and then. Call
+        it once, when all has been submitted."""
         end = time.monotonic() + seconds
         with self._changed:
             self._closing = True
@@ -177,9 +178,9 @@ class PushQueue:
             self._waiting.clear()
             self._active = None  # whatever becomes of it is not waited for
             summary = self._summary
-            for name in self._newest.values():
-                if name not in summary.pushed:
-                    summary.missing[name] = summary.failed.get(name, "it was not pushed")
+            for lane, push in self._newest.items():
+                if self._landed.get(lane) is not push:
+                    summary.missing[push.name] = summary.failed.get(push.name, "it was not pushed")
             return summary
 
     # ---------------------------------------------------------------------------------------------- the worker
@@ -263,5 +264,7 @@ class PushQueue:
         else:
             self._summary.failed.pop(name, None)
             (self._summary.pushed if what == "pushed" else self._summary.superseded).append(name)
+        if what == "pushed":
+            self._landed[job.push.lane] = job.push
         self._events.append(Event(job.push, what, reason, self._clock.now() - job.submitted))
         shutil.rmtree(job.push.directory, ignore_errors=True)

@@ -51,11 +51,14 @@ class Checkpointer:
         self.written_step: int | None = None
         """The step of the newest checkpoint of this process."""
         self._last = time.monotonic()
+        self._step = 0
+        """Of the checkpoint being written."""
         self._metrics_bytes = 0
-        """Of metrics.jsonl, that belong to the checkpoint being written."""
+        """Of metrics.jsonl, that belong to it."""
 
     def _write_companions(self, directory: Path) -> None:
-        write_companions(directory, self.engine.strategy.plain_model().config, self.task, self.config, {})
+        config = self.engine.strategy.plain_model().config
+        write_companions(directory, config, self.task, self.config, {}, self._step)
         self.run.copy_metrics(directory, self._metrics_bytes)
 
     def is_due_after_step(self, step: int) -> bool:
@@ -77,6 +80,7 @@ class Checkpointer:
         counters = dataclasses.asdict(progress)
         counters["loss_scale"] = self.engine.strategy.loss_scale_state()
         counters["run_id"] = self.run.id
+        self._step = progress.step
         counters["metrics_bytes"] = self._metrics_bytes = self.run.metrics_bytes
         manifest = Manifest(
             step=progress.step,

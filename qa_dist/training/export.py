@@ -28,32 +28,48 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def export_model(
-    target: Path, model: Any, weights: dict[str, Tensor], task: Task, config: RunConfig, findings: dict[str, float]
+    target: Path,
+    model: Any,
+    weights: dict[str, Tensor],
+    task: Task,
+    config: RunConfig,
+    findings: dict[str, float],
+    step: int,
 ) -> None:
-    """Put weights, model config, tokenizer, the `CARRIED_SETTINGS` and what the evaluation found into `target`,
-    replacing it as a whole. It is loaded back before it takes its place."""
+    """Put weights, model config, tokenizer, the `CARRIED_SETTINGS`, the step and what the evaluation found into
+    `target`, replacing it as a whole. It is loaded back before it takes its place."""
     dtype = DTYPES[config.run.export_dtype]
     cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
 
     def write(directory: Path) -> None:
         model.config.dtype = dtype
         model.save_pretrained(directory, state_dict=cast)
-        write_companions(directory, model.config, task, config, findings)
+        write_companions(directory, model.config, task, config, findings, step)
         _require_loadable(directory, task.auto_model, cast)
 
     publish_directory(target, write)
 
 
 def write_companions(
-    directory: Path, model_config: Any, task: Task, config: RunConfig, findings: dict[str, float]
+    directory: Path, model_config: Any, task: Task, config: RunConfig, findings: dict[str, float], step: int
 ) -> None:
-    """What belongs to weights: model config, tokenizer, `CARRIED_SETTINGS` and findings, in one flat directory."""
+    """What belongs to the weights of `step`: model config, tokenizer, `CARRIED_SETTINGS` and findings, in one flat
+    directory."""
     values: Any = config.model_dump(mode="json")
     carried = {key: functools.reduce(lambda node, part: node[part], key.split("."), values) for key in CARRIED_SETTINGS}
     model_config.save_pretrained(directory)
     task.tokenizer.save_pretrained(directory)
-    content = {"schema_version": SCHEMA_VERSION, "settings": carried, "findings": findings}
+    content = {"schema_version": SCHEMA_VERSION, "settings": carried, "findings": findings, "step": step}
     (directory / SETTINGS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def exported_step(model: Path) -> int | None:
+    """The step whose weights lie in a directory made by `export_model`; None where there is none."""
+    try:
+        step = json.loads((model / SETTINGS_FILE).read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def _require_loadable(directory: Path, auto_model: Any, weights: dict[str, Tensor]) -> None:

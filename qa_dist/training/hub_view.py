@@ -101,17 +101,19 @@ class HubView:
 def _look(config: RunConfig, source: str | None, revision: str | None) -> HubView:
     hub = config.hub
     problem, model, found = None, None, None
+    is_silent = False
     if hub.repo_id is not None:
         repository = Repository(hub.repo_id)
         try:
             problem = patiently(repository.access).problem
             if problem is None:
                 patiently(lambda: repository.create(private=hub.private))
-                model = patiently(lambda: read_pointer(repository, repository.head(MAIN)))
+            head = patiently(lambda: repository.head_if_any(MAIN))
+            model = patiently(lambda: read_pointer(repository, head)) if head is not None else None
         except (HubError, DamagedError) as error:
-            problem = str(error)
+            problem, is_silent = str(error), True
     from_id = source or hub.repo_id
-    if from_id is None or (source is None and problem is not None):
+    if from_id is None or (source is None and is_silent):
         return HubView(problem, problem, model)
     try:
         found = patiently(lambda: states(Repository(from_id), revision or hub.branch))
@@ -182,8 +184,8 @@ def _fetch_on_nodes(
     engine.on_main(get)
     if (problem := engine.broadcast(damage)) is not None:
         return problem
-    needs_own = engine.is_local_main and not (root / name / manifests.NAME).is_file()
-    engine.on_ranks(get if needs_own else None)
+    # which returns at once on a disk that has it by now
+    engine.on_ranks(get if engine.is_local_main and not engine.is_main else None)
     return next((text for text in engine.gather(damage) if text is not None), None)
 
 

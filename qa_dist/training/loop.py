@@ -23,7 +23,7 @@ from qa_dist.training.batching import Indices, plan_epoch
 from qa_dist.training.checkpointer import Checkpointer
 from qa_dist.training.engine import Engine
 from qa_dist.training.evaluation import evaluate
-from qa_dist.training.export import export_model
+from qa_dist.training.export import export_model, exported_step
 from qa_dist.training.health import FlopsPerWindow, Meter, peak_flops, peak_memory
 from qa_dist.training.hub_view import HubView, fetch_model
 from qa_dist.training.preemption import StopRequest
@@ -59,7 +59,9 @@ class Progress:
     history: History = field(default_factory=list)
     """One row per evaluation, or per epoch where nothing is evaluated."""
     exported_epoch: int | None = None
-    """The epoch whose weights lie in model/."""
+    """The epoch whose weights were exported last, to this run directory's model/ or to that of an earlier machine."""
+    exported_step: int | None = None
+    """And its step, by which model/ is known again."""
     meter: Meter = field(default_factory=Meter)
     """Sums since the last logged step."""
 
@@ -95,9 +97,9 @@ class Training:
         published = self.publisher.offer_state
         self.checkpointer = Checkpointer(self.config, self.engine, self.run, self.task, self.data_digest, published)
         self.has_model = False
-        """Whether model/ is in this run directory: a run that goes on elsewhere has left it where it was."""
+        """Whether model/ here is the exported one: a run that goes on elsewhere has left it where it was."""
         self.pushed_model: Pointer | None = None
-        """What the Hub had of the model at the start."""
+        """What the Hub had of the model when the run went on in place."""
         self.tracker.background = lambda: self.publisher.status
 
     def _plan(self, epoch: int) -> list[Indices]:
@@ -129,7 +131,8 @@ class Training:
             self.progress = Progress.of(values)
         except (KeyError, TypeError):
             raise UserError(f"{checkpoint.path}: its manifest does not say how far training was") from None
-        self.has_model = self.engine.broadcast((self.run.path / "model").is_dir())
+        stored = self.engine.broadcast(exported_step(self.run.path / "model"))
+        self.has_model = stored is not None and stored == self.progress.exported_step
         self.engine.strategy.set_step_count(self.progress.updates)
         self.engine.strategy.restore_loss_scale(scaler)
         self.run.step = self.progress.step
@@ -143,14 +146,16 @@ class Training:
         own_disk = self.engine.is_local_main and not all((checkpoint.path / name).is_file() for name in files)
         if checkpoint.manifest.step > there and (self.engine.is_main or own_disk):
             self.publisher.offer_state(checkpoint.path, checkpoint.manifest)
+        elif checkpoint.manifest.step > there:  # the main process pushes all of it
+            self.publisher.pass_over_state(checkpoint.manifest)
         if self.has_model:
             self._offer_exported()
 
     def _offer_exported(self) -> None:
-        """Push model/, unless the Hub has it."""
-        exported = [row for row in self.progress.history if row["epoch"] == self.progress.exported_epoch]
-        if exported and (self.pushed_model is None or self.pushed_model.step < exported[0]["step"]):
-            self.publisher.offer_model(exported[0]["step"], exported[0]["epoch"])
+        """Push model/, unless the Hub had it, or a newer one, when the run went on."""
+        epoch, step = self.progress.exported_epoch, self.progress.exported_step
+        if epoch and step is not None and (self.pushed_model is None or self.pushed_model.step < step):
+            self.publisher.offer_model(step, epoch)
 
     def fit(self) -> None:
         """Train and evaluate every epoch that is left. Raises `TrainingError` when that cannot go on, or a last
@@ -158,23 +163,23 @@ class Training:
         with self.tracker.training(self.total_steps, self.progress.step):
             try:
                 self._run_epochs()
+                if not self.has_model and self.progress.step > 0:
+                    self._complete_directory()
             except (StoppedError, NonFiniteError) as error:  # agreed by all ranks, so all are here
                 self._checkpoint()
                 self.checkpointer.finish()
-                if not self.progress.exported_epoch and self.progress.step > 0:
+                if not self.has_model and self.progress.step > 0:
                     self._export(0, None)
-                self._finish_pushes(STOPPED_SECONDS if isinstance(error, StoppedError) else None)
+                self._drain_together(STOPPED_SECONDS if isinstance(error, StoppedError) else math.inf)
                 raise
-            except UserError:  # agreed as well; what is being written is not given up
+            except UserError:  # what is being written and pushed is not given up; some ranks may have gone
                 self.checkpointer.finish()
-                self._finish_pushes()
+                self._drain()
                 raise
-            if not self.has_model and self.progress.step > 0:
-                self._complete_directory()
             if self.checkpointer.written_step != self.progress.step:
                 self._checkpoint()
             self.checkpointer.finish()
-            missing = self._finish_pushes()
+            missing = self._drain_together()
         self.checkpointer.raise_if_failed()
         if missing:
             raise NotPushedError(
@@ -183,29 +188,31 @@ class Training:
             )
         self.tracker.say(f"done: {self.run.path}")
 
-    def _finish_pushes(self, seconds: float | None = None) -> str:
-        """Wait for the Hub. Returns what the Hub lacks of what the run ends with, on all ranks."""
-        self._tell()
+    def _drain_together(self, seconds: float = math.inf) -> str:
+        """`_drain` on all ranks, with the same answer on all: none ends while another waits."""
         missing = ""
-        if not self.engine.is_main:
-            self.publisher.finish(0.0, lambda: True, lambda: None)
 
-        def on_main() -> None:
+        def drain() -> None:
             nonlocal missing
-            asked_before = self.stop.signal_number > 0
-            longest = min(seconds or math.inf, self.config.hub.drain_timeout)
-            if status := self.publisher.status:
-                self.tracker.say(f"waiting for the Hub, at most {longest:g} s ({status})")
-            summary = self.publisher.finish(
-                longest, lambda: self.stop.signal_number > 0 and not asked_before, self._tell
-            )
-            self._tell()
-            if summary is not None:
-                self.tracker.say(str(summary))
-                missing = "; ".join(f"{name} ({reason})" for name, reason in summary.missing.items())
+            missing = self._drain(seconds)
 
-        self.engine.on_main(on_main)
+        self.engine.on_ranks(drain)
         return self.engine.broadcast(missing)
+
+    def _drain(self, seconds: float = math.inf) -> str:
+        """Push what is left, and wait for the Hub: at most so long, and until a signal. Returns what the Hub lacks of
+        what the run ends with; on the main process."""
+        self._tell()
+        asked_before = self.stop.signal_number > 0
+        longest = min(seconds, self.config.hub.drain_timeout)
+        if status := self.publisher.status:
+            self.tracker.say(f"waiting for the Hub, at most {longest:g} s ({status})")
+        summary = self.publisher.finish(longest, lambda: self.stop.signal_number > 0 and not asked_before, self._tell)
+        self._tell()
+        if summary is None:
+            return ""
+        self.tracker.say(str(summary))
+        return "; ".join(f"{name} ({reason})" for name, reason in summary.missing.items())
 
     def _run_epochs(self) -> None:
         progress = self.progress
@@ -323,38 +330,36 @@ class Training:
 
         def write() -> None:
             assert weights is not None
-            export_model(
-                self.run.path / "model", model, weights, self.task, self.config, score.findings if score else {}
-            )
+            findings = score.findings if score else {}
+            step = self.progress.step
+            export_model(self.run.path / "model", model, weights, self.task, self.config, findings, step)
             for name, content in (score.files if score else {}).items():
                 self.run.write_json(name, content)
 
         self.engine.on_main(write)
-        self.progress.exported_epoch = epoch
+        self.progress.exported_epoch, self.progress.exported_step = epoch, self.progress.step
         self.has_model = True
 
     def _complete_directory(self) -> None:
         """Where a run that went on in a new directory had no (better) epoch left: fill the directory all the same, with
         the best model if it is on the Hub, else with the last one."""
-        exported = [row for row in self.progress.history if row["epoch"] == self.progress.exported_epoch]
+        best, step = self.progress.exported_epoch, self.progress.exported_step
         last = self.progress.history[-1]["epoch"]
-        if exported and self.progress.exported_epoch != last:
-            if fetch_model(self.engine, self.config, self.pushed_model, exported[0]["step"]):
+        is_best = not best or best == last
+        if not is_best and step is not None:
+            if fetch_model(self.engine, self.config, self.pushed_model, step):
+                self.has_model = True
                 self._write_metrics()
-                self.tracker.say(f"model/ is that of epoch {exported[0]['epoch']}, from the Hub")
+                self.tracker.say(f"model/ is that of epoch {best}, from the Hub")
                 return
-            self.tracker.say(
-                f"note: model/ is that of epoch {last}; the better one of epoch {exported[0]['epoch']} is where the "
-                "run was before"
-            )
+            self.tracker.say(f"note: model/ is that of epoch {last}; the better one of epoch {best} is where it was")
         score = None
         if "validation" in self.sets:
             batch_size = self.config.evaluation.batch_size
             score = evaluate(self.engine, self.task, self.sets["validation"], batch_size, self.stop)
-        is_best = not exported or self.progress.exported_epoch == last
         self._export(last, score)
         self._write_metrics()
-        if is_best:
+        if is_best or self.pushed_model is None:
             self._offer_exported()
 
     def _write_metrics(self) -> None:

@@ -58,8 +58,8 @@ class Due:
 
 
 class Publisher:
-    """Pushes what a run leaves. Without an identity, which is where nothing is to be pushed, every method does
-    nothing."""
+    """Pushes what a run leaves: on the main process all, and where nodes have disks of their own, on one process of
+    each other node the shards that lie there. Elsewhere, and without a repository, every method does nothing."""
 
     def __init__(self, hub: HubConfig, run: RunDirectory, identity: Identity | None, store: Store | None = None):
         """`identity` is the main process's; `store` is there where the run is on several nodes."""
@@ -103,6 +103,10 @@ class Publisher:
             self.queue = PushQueue(self.uploads.upload)
         if self.queue is not None:
             self._offer("state", manifest.step, manifest.epoch, lambda: self._submit_state(directory, manifest))
+
+    def pass_over_state(self, manifest: Manifest) -> None:
+        """The main process pushes this state without us; keep in step with it."""
+        self._due["state"].is_due(manifest.step, manifest.epoch)
 
     def offer_model(self, step: int, epoch: int) -> None:
         """model/ and the files of its evaluation are those of `step`: push them, if it is time."""

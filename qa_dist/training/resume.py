@@ -150,7 +150,10 @@ def _is_of_same_run(engine: Engine, config: RunConfig, local: Checkpoint | None,
                 require_free(config.output_dir)
             return
         theirs = run_of(remote)
-        same = theirs in (local.manifest.progress.get("run_id"), read_status(config.output_dir).get("run"))
+        same = theirs is not None and theirs in (
+            local.manifest.progress.get("run_id"),
+            read_status(config.output_dir).get("run"),
+        )
 
     engine.on_main(on_main)
     return engine.broadcast(same)

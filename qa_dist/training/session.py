@@ -58,7 +58,7 @@ def train(config: RunConfig, launch: LaunchEnvironment, resume: Resume) -> None:
         flops = FlopsPerWindow.of(parts.model)
         engine.prepare(parts.model, config)
         nodes = max(launch.world_size // max(launch.local_world_size, 1), 1)
-        store = shared_store(engine, nodes if config.hub.repo_id else 1)
+        store = shared_store(engine, int(engine.max(nodes)) if config.hub.repo_id else 1)
         publisher = Publisher(config.hub, run, session.identity, store)
         training = Training(
             config, engine, parts.task, run, parts.tracker, session.stop, parts.sets, size, flops, digest, publisher

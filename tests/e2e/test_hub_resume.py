@@ -121,8 +121,10 @@ def test_a_fork_is_another_run(hub: HubServer, pushed: Path, tmp_path: Path, cap
     assert code == 2
     assert "holds another run" in message
     assert hub.repo(REPO).branches == before
-    code, _, message = train(capsys, tmp_path / "fork", *change, "--resume", pushed, "--hub.repo_id", "alice/fork")
+    own = ("--hub.repo_id", "alice/fork", "--run.export", "best", "--resume", pushed)
+    code, _, message = train(capsys, tmp_path / "fork", *change, *own)
     assert code == 0, message
+    assert "model.safetensors" in hub.repo("alice/fork").files()
     assert status_of(tmp_path / "fork")["run"] != status_of(pushed)["run"]
 
 
@@ -147,6 +149,33 @@ def test_the_best_model_stays_the_best_elsewhere(hub: HubServer, tmp_path: Path,
     assert hub.repo(REPO).read("model.safetensors") == expected
     assert (tmp_path / "other/model/model.safetensors").read_bytes() == expected
     assert json.loads((tmp_path / "other/metrics.json").read_text())["epoch"] == 1
+
+
+def test_an_old_model_is_not_taken_for_a_newer_one(hub: HubServer, tmp_path: Path, capsys):
+    """model/ here is of an earlier epoch than the state from the Hub says: it is neither pushed nor kept."""
+    first, other = tmp_path / "first", tmp_path / "other"
+    assert train(capsys, first)[0] == 0
+    expected = (first / "model/model.safetensors").read_bytes()
+    shutil.copytree(first, other)
+    for directory in (other / "checkpoints").glob("step_*"):
+        shutil.rmtree(directory)
+    settings = json.loads((other / "model/qa_dist.json").read_text())
+    (other / "model/qa_dist.json").write_text(json.dumps(settings | {"step": 13}))
+    (other / "model/model.safetensors").write_bytes(b"of epoch 1")
+    (other / "status.json").write_text(json.dumps(status_of(first) | {"state": "stopped"}))
+    code, _, message = train(capsys, other, "--resume", "auto")
+    assert code == 0, message
+    assert (other / "model/model.safetensors").read_bytes() == expected
+    assert hub.repo(REPO).read("model.safetensors") == expected
+
+
+def test_a_token_for_reading_can_go_on_from_a_state(hub: HubServer, pushed: Path, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_reader")
+    lax = ("--hub.strict", "false", "--hub.drain_timeout", 1)
+    for source in ("auto", "hub"):
+        code, shown, message = train(capsys, tmp_path / source, *lax, "--resume", source)
+        assert code == 0, message  # nothing was left to push
+        assert "(step 26)" in shown
 
 
 def test_a_model_that_was_lost_on_its_way_is_pushed_from_elsewhere(hub: HubServer, tmp_path: Path, capsys):

@@ -168,6 +168,16 @@ def test_what_failed_once_may_be_there_later(tmp_path: Path, clock: Simulated):
     assert not summary.missing  # the newest is there
 
 
+def test_a_step_that_is_pushed_again_has_to_land_again(tmp_path: Path, clock: Simulated):
+    hub = Hub(clock, None, HubError("no", Remedy.NONE))
+    queue = PushQueue(hub.push, clock)
+    queue.submit(push(tmp_path, 1))
+    while "state of step 1" not in queue._summary.pushed:
+        time.sleep(0.001)
+    queue.submit(push(tmp_path, 1))  # now with its score
+    assert queue.drain(10).missing == {"state of step 1": "no"}
+
+
 def test_a_bug_is_heard_and_does_not_end_the_thread(tmp_path: Path, clock: Simulated):
     def bug() -> None:
         raise KeyError("oh")
