@@ -77,7 +77,8 @@ class Access:
     """What the token may do with a repository."""
 
     user: str
-    exists: bool
+    head: str | None
+    """The newest commit on `main`; None where there is no such repository."""
     is_private: bool
     problem: str | None
     """Why this token could not push there."""
@@ -225,8 +226,8 @@ class Repository:
                 user = {}
             name, info = str(user.get("name", "an unknown user")), self._info()
             if info is None:
-                return Access(name, False, False, self._cannot_create(user))
-            return Access(name, True, bool(info.private), self._cannot_write(user))
+                return Access(name, None, False, self._cannot_create(user))
+            return Access(name, info.sha, bool(info.private), self._cannot_write(user))
 
     def _info(self) -> Any:
         """What the Hub says of the repository; None where there is none that this token can see."""

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import CommitOperationAdd
 
@@ -294,27 +294,29 @@ class Publication:
         return False
 
 
-def require_usable(repository: Repository, run: str, branch: str) -> tuple[Pointer | None, Pointer | None]:
-    """Who has pushed last to `main`, and to `branch`.
+class Found(NamedTuple):
+    """What a branch holds when a run starts."""
 
-    Raises `ConflictError` if the repository holds what is not this run's: another run's work, or what no run has
-    pushed.
-    """
-    main, states = repository.head(MAIN), repository.head_if_any(branch)
-    pointers = (read_pointer(repository, main), read_pointer(repository, states) if states else None)
-    for pointer in pointers:
+    commit: str | None
+    """None where there is no such branch."""
+    pointer: Pointer | None
+
+
+def require_usable(repository: Repository, run: str, main: Found, branch: str, states: Found) -> None:
+    """Raise `ConflictError` if the repository holds what is not this run's: another run's work, or what no run has
+    pushed. `states` is what `branch` holds."""
+    for pointer in (main.pointer, states.pointer):
         if pointer is not None and pointer.run != run:
-            has_states = pointers[1] is not None and pointers[1].states
+            has_states = states.pointer is not None and states.pointer.states
             advice = "go on with it (--resume hub), or name" if has_states else "name"
             raise ConflictError(
                 f"{repository.id} holds another run (at step {pointer.step}), and nothing is overwritten: {advice} "
                 "another repository"
             )
-    if pointers[0] is None:
-        require_no_model(repository, main)
-    if pointers[1] is None and states is not None:
-        require_free_branch(repository, branch, repository.tree(states))
-    return pointers
+    if main.pointer is None and main.commit is not None:
+        require_no_model(repository, main.commit)
+    if states.pointer is None and states.commit is not None:
+        require_free_branch(repository, branch, repository.tree(states.commit))
 
 
 def require_no_model(repository: Repository, main: str) -> None:
@@ -330,6 +332,10 @@ def require_no_model(repository: Repository, main: str) -> None:
 def require_free_branch(repository: Repository, branch: str, entries: Iterable[str]) -> None:
     """Raise `ConflictError` if a branch that no run has pushed to holds anything that it would lose."""
     others = sorted(set(entries) - {".gitattributes", CARD})
+    if POINTER in others:
+        raise UnreadablePointerError(
+            f"{POINTER} on the branch {branch} of {repository.id} cannot be read", Remedy.RETRY
+        )
     if others:
         raise ConflictError(
             f"the branch {branch} of {repository.id} holds {others[0]}, and is no branch of training states; name "

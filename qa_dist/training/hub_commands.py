@@ -33,12 +33,12 @@ def check(config: RunConfig, say: Say) -> int:
     try:
         access = patiently(repository.access)
         say(f"Hub: {repository.url}, as {access.user}")
-        if not access.exists:
+        if access.head is None:
             kind = "private" if config.hub.private else "public"
             say(f"repository: is not there; a run would make a {kind} one")
         else:
             say(f"repository: is there, {'private' if access.is_private else 'public'}")
-            model = read_pointer(repository, repository.head(MAIN))
+            model = read_pointer(repository, access.head)
             say(f"{MAIN}: {f'model of step {model.step}, run {model.run}' if model else 'no model of a run yet'}")
             found = states(repository, config.hub.branch)
             names = ", ".join(found.names) if found and found.names else "no state of training yet"

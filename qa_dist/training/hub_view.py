@@ -5,7 +5,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ from qa_dist.checkpoint import manifest as manifests
 from qa_dist.checkpoint.hub import MAIN, Repository
 from qa_dist.checkpoint.hub_client import HubError, Remedy
 from qa_dist.checkpoint.manifest import FILE_NAME, DamagedError, File, Manifest
-from qa_dist.checkpoint.publication import ConflictError, Identity, Pointer, read_pointer, require_usable
+from qa_dist.checkpoint.publication import ConflictError, Found, Identity, Pointer, read_pointer, require_usable
 from qa_dist.checkpoint.pull import KINDS, RemoteStates, fetch_files, pull, read_manifest, states
 from qa_dist.checkpoint.store import publish_directory
 from qa_dist.config import RunConfig
@@ -54,8 +54,12 @@ class HubView:
     """Why nothing could be pushed now."""
     states_problem: str | None = None
     """Why it is not known which states there are."""
+    main: str | None = None
+    """The newest commit on `main` of this run's repository."""
     model: Pointer | None = None
-    """Who has pushed last to `main` of this run's repository."""
+    """Who has pushed last there."""
+    own: RemoteStates | None = None
+    """The states in this run's repository."""
     states: RemoteStates | None = None
     """Those to go on from, in the repository that --resume names, or this run's own."""
 
@@ -88,38 +92,44 @@ class HubView:
         if self.problem is not None:
             return unsettled
         try:
-            pointers = patiently(lambda: require_usable(repository, run_id, config.hub.branch))
+            main, branch = Found(self.main, self.model), config.hub.branch
+            own = Found(self.own.commit, self.own.pointer) if self.own else Found(None, None)
+            patiently(lambda: require_usable(repository, run_id, main, branch, own))
         except ConflictError as error:
             raise UserError(f"hub.repo_id: {error}") from None
         except (HubError, DamagedError) as error:
             if config.hub.strict:
                 raise UserError(f"hub.repo_id: {config.hub.repo_id} cannot be read: {error}") from None
             return unsettled
+        pointers = (main.pointer, own.pointer)
         return Identity(run_id, step=step, known={pointer.attempt for pointer in pointers if pointer})
 
 
 def _look(config: RunConfig, source: str | None, revision: str | None) -> HubView:
+    """As few requests as can be: a Hub under load may take a minute for each."""
     hub = config.hub
-    problem, model, found = None, None, None
-    is_silent = False
+    view = HubView()
     if hub.repo_id is not None:
         repository = Repository(hub.repo_id)
         try:
-            problem = patiently(repository.access).problem
-            if problem is None:
+            access = patiently(repository.access)
+            if access.head is not None:
+                model = patiently(lambda: read_pointer(repository, str(access.head)))
+                own = patiently(lambda: states(repository, hub.branch))
+                view = HubView(access.problem, None, access.head, model, own, own)
+            elif access.problem is None:
                 patiently(lambda: repository.create(private=hub.private))
-            head = patiently(lambda: repository.head_if_any(MAIN))
-            model = patiently(lambda: read_pointer(repository, head)) if head is not None else None
+            else:
+                view = HubView(access.problem)
         except (HubError, DamagedError) as error:
-            problem, is_silent = str(error), True
-    from_id = source or hub.repo_id
-    if from_id is None or (source is None and is_silent):
-        return HubView(problem, problem, model)
+            view = HubView(str(error), str(error))
+    if source is None or (source == hub.repo_id and revision is None):
+        return view
     try:
-        found = patiently(lambda: states(Repository(from_id), revision or hub.branch))
+        found = patiently(lambda: states(Repository(source), revision or hub.branch))
+        return replace(view, states=found, states_problem=None)
     except (HubError, DamagedError) as error:
-        return HubView(problem, str(error), model)
-    return HubView(problem, None, model, found)
+        return replace(view, states=None, states_problem=str(error))
 
 
 def fetch(

@@ -141,7 +141,7 @@ class Training:
     def catch_up(self, checkpoint: Checkpoint, view: HubView) -> None:
         """Push what the run directory has of an earlier attempt, and the Hub has not."""
         self.pushed_model = view.model
-        there = view.states.newest_step if view.states and view.states.repo_id == self.config.hub.repo_id else -1
+        there = view.own.newest_step if view.own else -1
         files = checkpoint.manifest.files
         own_disk = self.engine.is_local_main and not all((checkpoint.path / name).is_file() for name in files)
         if checkpoint.manifest.step > there and (self.engine.is_main or own_disk):

@@ -84,7 +84,10 @@ def test_checkpoints_hold_tensors_and_json_alone(saved: dict[str, Path]):
         world_size = int(name[-1])
         shards = sorted(directory.glob("*.safetensors"))
         others = {path.name for path in directory.iterdir()} - {path.name for path in shards}
-        assert others == {"manifest.json", "config.json", "qa_dist.json", "tokenizer.json", "tokenizer_config.json"}
+        assert others == {
+            *("manifest.json", "config.json", "qa_dist.json", "tokenizer.json", "tokenizer_config.json"),
+            "metrics.jsonl",
+        }
         assert len(shards) == world_size
         tensors = {key: tensor for path in shards for key, tensor in load_file(path).items()}
         manifest = json.loads((directory / "manifest.json").read_text())

@@ -87,6 +87,8 @@ def test_files_of_a_run(run: Path):
         *(
             "checkpoints",
             "config.yaml",
+            "environment.json",
+            "predictions_summary.json",
             "metrics.json",
             "metrics.jsonl",
             "model",

@@ -9,7 +9,7 @@ from qa_dist.checkpoint import hub as hub_module
 from qa_dist.checkpoint import hub_client
 from qa_dist.checkpoint.hub import Repository
 from qa_dist.checkpoint.hub_client import HubError, Remedy
-from qa_dist.checkpoint.publication import ConflictError, require_usable
+from qa_dist.checkpoint.publication import ConflictError, Found, require_usable
 from qa_dist.checkpoint.push_queue import Push, PushQueue
 from tests.hub_runs import REPO, STATES, Runner, make_state, require_whole
 from tests.hub_server import (
@@ -242,17 +242,23 @@ def test_who_pushed_is_not_guessed_at(hub: HubServer, runner: Runner, tmp_path: 
 
 def test_what_is_not_ours_is_not_overwritten(hub: HubServer, runner: Runner):
     repo = hub.repo(REPO)
-    require_usable(runner.repository, "r", STATES)
+
+    def look() -> None:
+        repository = runner.repository
+        states = repository.head_if_any(STATES)
+        require_usable(repository, "r", Found(repository.head("main"), None), STATES, Found(states, None))
+
+    look()
     repo.commit_as("alice", {"pytorch_model.bin": b"years of work"}, branch="main")
     with pytest.raises(ConflictError, match=r"holds a model already \(pytorch_model.bin\)"):
-        require_usable(runner.repository, "r", STATES)
+        look()
     with pytest.raises(ConflictError, match="holds a model already"):
         runner.push("model", 1)
     repo.commit_as("alice", {"pytorch_model.bin": None}, branch="main")
     repo.create_branch(STATES)
     repo.commit_as("alice", {"step_00000100/mine.txt": b"mine"}, branch=STATES)
     with pytest.raises(ConflictError, match=r"the branch training-state of alice/model holds step_00000100"):
-        require_usable(runner.repository, "r", STATES)
+        look()
     with pytest.raises(ConflictError, match="name another"):
         runner.push("state", 1)
     assert repo.read("step_00000100/mine.txt", STATES) == b"mine"
