@@ -2,22 +2,32 @@
 
 import os
 import sys
+import traceback
 from typing import NoReturn
 
 from qa_dist.cli import main
+from qa_dist.launch_directory import LaunchDirectory, conclude
 
 
 def run() -> NoReturn:
     """The command line, and the end of the process."""
+    if directory := LaunchDirectory.of_this_process():
+        directory.note()
     try:
         main()
     except SystemExit as end:
-        # Everything is written and closed by now. Leave without the destructors of native libraries: after DDP over
-        # gloo one run in some forty ended with "terminate called without an active exception", which made a failure
-        # of a finished run. And a push that a silent Hub holds up must not hold up the end.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(end.code if isinstance(end.code, int) else 0 if end.code is None else 1)
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        conclude(code, "")
+    except BaseException as error:
+        traceback.print_exc()
+        code = 1
+        conclude(code, f"{type(error).__name__}: {error}")
+    # Everything is written and closed by now. Leave without the destructors of native libraries: after DDP over gloo
+    # one run in some forty ended with "terminate called without an active exception", which made a failure of a
+    # finished run. And a push that a silent Hub holds up must not hold up the end.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

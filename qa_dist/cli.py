@@ -12,9 +12,11 @@ from qa_dist import __version__, checks
 from qa_dist.config import RunConfig
 from qa_dist.config_sources import Problem, Source, from_flags, from_yaml, leaves, reference, resolve, to_yaml
 from qa_dist.errors import UserError
+from qa_dist.launch_directory import LaunchDirectory, conclude
 
 COMMANDS = {
     "train": "Fine-tune a model and evaluate it after every epoch.",
+    "launch": "Start train, evaluate or doctor on all GPUs of this machine, or of a SLURM job: launch train …",
     "evaluate": "Score a trained model: --model DIR --data.validation_file FILE --run.output_dir DIR.",
     "score": "Score a file of predictions as the official script does: --predictions FILE --data.validation_file FILE.",
     "prepare": "Read the data, show what is in them, and fill the cache, so that training starts at once.",
@@ -50,19 +52,19 @@ qa-dist COMMAND --help lists every setting. To use several processes, start the 
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
-    """Run a command and end the process with its exit code: 0 done, 1 failed, 2 the user has to mend something,
-    128 + n stopped by signal n."""
+    """Run a command and end the process with its exit code: 0 done, 1 failed, 2 the user has to mend something, 3 done
+    but not pushed, 75 stopped at a time limit, 128 + n stopped by signal n."""
     arguments = list(sys.argv[1:] if args is None else args)
     try:
         sys.exit(_dispatch(arguments))
     except KeyboardInterrupt:
+        conclude(130, "interrupted")
         _tell("qa-dist: interrupted")
         sys.exit(130)
     except UserError as error:
-        _tell(f"qa-dist: {error}")
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            # The launcher ends all processes when the first one ends: let that be the one that speaks.
-            time.sleep(10)
+        conclude(error.exit_code, str(error))
+        if LaunchDirectory.of_this_process() is None:  # else the launcher says it, once
+            _tell_the_reason(f"qa-dist: {error}")
         sys.exit(error.exit_code)
 
 
@@ -71,6 +73,18 @@ def _tell(message: str) -> None:
     rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     if local_rank == 0:
         print(f"[{socket.gethostname()}] {message}" if rank else message, file=sys.stderr, flush=True)
+
+
+def _tell_the_reason(message: str) -> None:
+    """`_tell`, by the first process of the node, or by this one if its reason is its own.
+
+    Launchers end all processes when the first one ends. So the others wait: if it is an error of all of them they do
+    not come to speak.
+    """
+    _tell(message)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(10)
+        print(f"[{socket.gethostname()}, rank {os.environ.get('RANK')}] {message}", file=sys.stderr, flush=True)
 
 
 def _dispatch(args: list[str]) -> int:
@@ -91,32 +105,42 @@ def _dispatch(args: list[str]) -> int:
     if command == "config reference":
         print(reference(), end="")
         return 0
+    if command == "launch":
+        from qa_dist.launching.command import launch
+
+        return launch(args, _settings_of, show=print, say=lambda text: print(text, file=sys.stderr, flush=True))
     if command.startswith("checkpoint "):
         return _checkpoint(command, args)
     if command == "hub push":
         return _push(args)
-    own = {"score": SCORE_OPTIONS, "train": TRAIN_OPTIONS}
-    extra = {"config": "YAML file with settings."} | own.get(command, {})
-    flags, options = from_flags(args, f"qa-dist {command}", COMMANDS[command], extra)
+    sources, options = _read(command, args)
     if command == "config show":
-        print(to_yaml(resolve(_sources(command, flags, options["config"]), [checks.combinations])), end="")
+        print(to_yaml(resolve(sources, [checks.combinations])), end="")
         return 0
     if command == "hub check":
         from qa_dist.training import hub_commands
 
-        config = resolve(_sources(command, flags, options["config"]), [checks.hub_rules])
-        return hub_commands.check(config, lambda text: print(text, flush=True))
+        return hub_commands.check(resolve(sources, [checks.hub_rules]), lambda text: print(text, flush=True))
     if command == "score":
-        return _score(
-            resolve(_sources(command, flags, options["config"]), [checks.paths, checks.needs_validation]), options
-        )
-    return _run(command, _sources(command, flags, options["config"]), options)
+        return _score(resolve(sources, [checks.paths, checks.needs_validation]), options)
+    return _run(command, sources, options)
 
 
-def _sources(command: str, flags: Source, config_file: str | None) -> list[Source]:
+def _read(command: str, args: list[str]) -> tuple[list[Source], dict[str, str | None]]:
+    """The settings that `args` give, and the command's own options."""
+    own = {"score": SCORE_OPTIONS, "train": TRAIN_OPTIONS}
+    extra = {"config": "YAML file with settings."} | own.get(command, {})
+    flags, options = from_flags(args, f"qa-dist {command}", COMMANDS[command], extra)
+    config_file = options["config"]
     name = Source()
     name.put("run.name", Path(config_file).stem if config_file else command.split()[-1], "the config file's name")
-    return [name, *([from_yaml(Path(config_file))] if config_file else []), flags]
+    return [name, *([from_yaml(Path(config_file))] if config_file else []), flags], options
+
+
+def _settings_of(program: Sequence[str]) -> RunConfig:
+    """Those of a command and its arguments."""
+    sources, _ = _read(program[0], list(program[1:]))
+    return resolve(sources)
 
 
 def _run(command: str, sources: list[Source], options: dict[str, str | None]) -> int:
@@ -161,7 +185,9 @@ def _run(command: str, sources: list[Source], options: dict[str, str | None]) ->
             if not launch.is_main:  # the others may look when the main process has already begun to write
                 pass
             elif resume.is_in_place:
-                require_ended(config.output_dir)  # whether it is this run's is seen once its checkpoints are known
+                require_ended(
+                    config.output_dir, _tell
+                )  # whether it is this run's is seen once its checkpoints are known
             else:
                 require_free(config.output_dir)
         except UserError as error:
@@ -186,6 +212,9 @@ def _run(command: str, sources: list[Source], options: dict[str, str | None]) ->
             session.evaluate_only(config, launch)
     except StoppedError as stop:
         _tell(f"qa-dist: {stop}")
+        conclude(stop.exit_code, str(stop))
+        if LaunchDirectory.of_this_process() is not None:
+            return 0  # the launcher knows; the one underneath would make a failure of it, and end the others
         return stop.exit_code
     return 0
 

@@ -182,7 +182,15 @@ class OutputConfig(Section):
     output_dir: Path | None = None
     """The run directory; by default runs/ and the run's name."""
     timeout_minutes: PositiveInt = 60
-    """How long a process waits for another one before it gives up; preparing the data must take less."""
+    """How long a process waits for another one before it gives up; preparing the data, or scoring an evaluation, must
+    take less."""
+    step_timeout_minutes: PositiveFloat = 10.0
+    """How long a step of training, or a batch of an evaluation, may take: beyond it the run is taken to hang, and ends
+    with where each process was. A run's first step has run.timeout_minutes."""
+    max_hours: PositiveFloat | None = None
+    """Stop with a checkpoint after so many hours, to be gone on with."""
+    end_margin_minutes: PositiveFloat = 5.0
+    """In a SLURM job: stop with a checkpoint so long before its time limit; at most a quarter of the time there is."""
     log_every: PositiveInt = 10
     """Optimizer steps between two logged ones."""
     export: Literal["last", "best"] = "last"

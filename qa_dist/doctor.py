@@ -176,34 +176,72 @@ def activations_per_window(layers: int, hidden: int, length: int, bytes_per_valu
     return 34 * length * hidden * layers * bytes_per_value / 2
 
 
-def _memory(config: RunConfig, launch: LaunchEnvironment) -> "Table":
+@dataclass(frozen=True)
+class Estimate:
+    """What a model takes on devices of one size, under every engine."""
+
+    parameters: int
+    devices: int
+    memory: float
+    """Bytes of each device."""
+    window: float
+    """Bytes that training takes for one window."""
+    fits: list[tuple[Need, int]]
+    """Engines, fastest first, and how many windows fit beside what they keep."""
+
+    @property
+    def best(self) -> tuple[str, int] | None:
+        """The fastest engine that leaves room for a window, and for how many; None where none does."""
+        return next(((need.engine, windows) for need, windows in self.fits if windows >= 1), None)
+
+
+def estimate(config: RunConfig, devices: int, nodes: int, bytes_per_value: int) -> Estimate:
+    """For `config.model.name` on `devices` of the kind that this machine has. Raises `UserError` without such a
+    model."""
     model = _empty_model(config)
     shape: Any = model.config
     parameters = sum(p.numel() for p in model.parameters())
     largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
     on_gpu = torch.cuda.is_available()
-    devices = torch.cuda.device_count() if on_gpu and launch.world_size == 1 else launch.world_size
     total = torch.cuda.get_device_properties(0).total_memory if on_gpu else host_memory() / max(devices, 1)
-    value = 4 if launch.mixed_precision == "no" else 2
-    window = activations_per_window(shape.num_hidden_layers, shape.hidden_size, config.data.max_length, value)
+    window = activations_per_window(shape.num_hidden_layers, shape.hidden_size, config.data.max_length, bytes_per_value)
+    fits = [
+        (need, max(int((HEADROOM * total - need.states) // window), 0))
+        for need in needs(parameters, largest, devices, nodes)
+    ]
+    return Estimate(parameters, devices, total, window, fits)
+
+
+def fitting_engine(config: RunConfig, devices: int, nodes: int) -> str:
+    """The launch config in configs/accelerate for `config` on GPUs: the fastest one under which the model fits."""
+    if config.model.name is None:
+        return "ddp"
+    try:
+        best = estimate(config, devices, nodes, 2).best
+    except UserError:
+        return "ddp"  # the command itself will say what is wrong with the model
+    return best[0] if best else "zero3_offload"
+
+
+def _memory(config: RunConfig, launch: LaunchEnvironment) -> "Table":
+    on_gpu = torch.cuda.is_available()
+    devices = torch.cuda.device_count() if on_gpu and launch.world_size == 1 else launch.world_size
+    nodes = max(launch.world_size // max(launch.local_world_size, 1), 1)
+    found = estimate(config, devices, nodes, 4 if launch.mixed_precision == "no" else 2)
     title = (
-        f"{config.model.name}: {parameters / 1e6:.1f} M parameters on {devices} x "
-        f"{total / 2**30:.0f} GiB; windows of {config.data.max_length} tokens take {window / 2**20:.0f} MiB each"
+        f"{config.model.name}: {found.parameters / 1e6:.1f} M parameters on {devices} x "
+        f"{found.memory / 2**30:.0f} GiB; windows of {config.data.max_length} tokens take "
+        f"{found.window / 2**20:.0f} MiB each"
     )
     table = Table("engine", "weights, gradients, optimizer", "windows that fit beside it", title=title)
-    best = None
-    nodes = max(launch.world_size // max(launch.local_world_size, 1), 1)
-    for need in needs(parameters, largest, devices, nodes):
-        room = HEADROOM * total - need.states
-        fit = max(int(room // window), 0)
-        if best is None and fit >= 1:
-            best = need.engine, fit
+    for need, fit in found.fits:
         table.add_row(need.engine, f"{need.states / 2**30:.2f} GiB", f"{fit:,}")
-    if best is None:
+    if found.best is None:
         table.caption = "no engine fits: use more or larger GPUs, shorter windows, or a smaller model"
     else:
-        micro = 2 ** min(best[1].bit_length() - 1, 7)
-        name = best[0] if on_gpu else "cpu_ddp" if best[0] == "ddp" else "cpu_zero2"
+        engine, windows = found.best
+        micro = 2 ** min(windows.bit_length() - 1, 7)
+        name = engine if on_gpu else "cpu_ddp" if engine == "ddp" else "cpu_zero2"
         size = f"--train.micro_batch_size {micro} or less"
         table.caption = f"recommended: configs/accelerate/{name}.yaml, {size}; these are estimates"
     return table

@@ -6,14 +6,21 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from qa_dist.errors import NotPushedError, UserError
+from qa_dist.launch_directory import is_running
 from qa_dist.reporting.environment import environment
 
 METRICS = "metrics.jsonl"
+LIFE_SECONDS = 5.0
+"""How often status.json says that the run goes on, and how far it is."""
+WATCHED_HERE, WATCHED_ELSEWHERE = 13.0, 75.0
+"""How long a run that may have been killed is watched for that; network file systems show news late."""
 State = Literal["running", "completed", "stopped", "failed"]
 
 OWN_FILES = ("status.json", "config.yaml", "metrics.jsonl", "metrics.json", "predictions.json", "model", "checkpoints")
@@ -59,13 +66,34 @@ def _has_trained(path: Path) -> bool:
     return metrics.is_file() and b'"kind": "train"' in metrics.read_bytes()
 
 
-def require_ended(path: Path) -> None:
-    """Raise `UserError` if the run in `path` is still going on."""
+def require_ended(path: Path, say: Callable[[str], object]) -> None:
+    """Raise `UserError` if the run in `path` is still going on. To find out, its sign of life is watched for a while;
+    `say` is told so."""
     status = read_status(path)
-    if status.get("state") == "running" and status.get("pid") != os.getpid():
-        here = status.get("host") == socket.gethostname()
-        if here and not _is_gone(status):
-            raise UserError(f"run.output_dir: the run in {path} is still going on (process {status.get('pid')})")
+    if status.get("state") != "running" or status.get("pid") == os.getpid() or _is_gone(status):
+        return
+    if status.get("job") is not None and status.get("job") == _job():
+        return  # an earlier attempt of the same job, and a batch system runs one at a time
+    here = status.get("host") == socket.gethostname()
+    seconds = WATCHED_HERE if here else WATCHED_ELSEWHERE
+    who = f"process {status.get('pid')}" if here else f"process {status.get('pid')} on {status.get('host')}"
+    say(
+        f"{path}: a run there ({who}) has not said that it has ended; seeing for {seconds:.0f} s whether it still lives"
+    )
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(1)
+        now = read_status(path)
+        if now.get("state") != "running":
+            return
+        if now.get("updated") != status.get("updated"):
+            raise UserError(f"run.output_dir: the run in {path} is still going on ({who})")
+
+
+def _job() -> str | None:
+    """The batch job that this process is part of."""
+    number = os.environ.get("SLURM_JOB_ID")
+    return f"SLURM {number}" if number else None
 
 
 def read_status(path: Path) -> dict[str, Any]:
@@ -81,13 +109,7 @@ def _is_gone(status: dict[str, Any]) -> bool:
     """Whether the process that wrote `status` is known to have ended: only on its own host can one tell."""
     if status.get("host") != socket.gethostname() or not isinstance(status.get("pid"), int):
         return False
-    try:
-        os.kill(status["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
+    return not is_running(status["pid"])
 
 
 class RunDirectory:
@@ -103,6 +125,8 @@ class RunDirectory:
         self.hub: dict[str, Any] | None = None
         """How its pushes have gone; part of the status."""
         self._launch = ""
+        self._lock = threading.Lock()
+        self._has_ended = False
 
     @property
     def metrics_bytes(self) -> int:
@@ -155,35 +179,54 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
-        """Around all that follows `open`: keep status.json true to how the run ends."""
+        """Around all that follows `open`: keep status.json true to how far the run is, and how it ends."""
+        leaving = threading.Event()
+        if self.is_main:
+            threading.Thread(target=self._show_life, args=(leaving,), name="status", daemon=True).start()
         try:
             yield
         except StoppedError as stop:
-            self._status("stopped", str(stop), stop.exit_code)
+            self._end("stopped", str(stop), stop.exit_code)
             raise
         except NotPushedError as error:
-            self._status("completed", str(error), error.exit_code)
+            self._end("completed", str(error), error.exit_code)
             raise
         except KeyboardInterrupt:
-            self._status("stopped", "interrupted at once by a second signal", 130)
+            self._end("stopped", "interrupted at once by a second signal", 130)
             raise
         except UserError as error:
-            self._status("failed", str(error), error.exit_code)
+            self._end("failed", str(error), error.exit_code)
             raise
         except BaseException as error:
-            self._status("failed", f"{type(error).__name__}: {error}", 1)
+            self._end("failed", f"{type(error).__name__}: {error}", 1)
             raise
-        self._status("completed", "", 0)
+        finally:
+            leaving.set()
+        self._end("completed", "", 0)
+
+    def _show_life(self, leaving: threading.Event) -> None:
+        while not leaving.wait(LIFE_SECONDS):
+            with contextlib.suppress(OSError):
+                self._status("running", "", None)
+
+    def fail(self, reason: str) -> None:
+        """The process is about to end, from whichever thread finds that it has to."""
+        self._end("failed", reason, 1)
+
+    def _end(self, state: State, reason: str, exit_code: int) -> None:
+        # a disk that is full for this too: the error that ends the run is the one to be told
+        with contextlib.suppress(OSError):
+            self._status(state, reason, exit_code)
 
     def _status(self, state: State, reason: str, exit_code: int | None) -> None:
-        content = {"state": state, "reason": reason, "step": self.step, "exit_code": exit_code}
-        try:
-            own = {"launch": self._launch, "host": socket.gethostname(), "pid": os.getpid(), "run": self.id}
-            self.write_json("status.json", content | own | ({"hub": self.hub} if self.hub else {}))
-        except OSError:
-            if state == "running":
-                raise
-            # else the error that ends the run is the one to be told, not that the disk is full for this too
+        content = {"state": state, "reason": reason, "step": self.step, "exit_code": exit_code, "updated": time.time()}
+        own = {"launch": self._launch, "host": socket.gethostname(), "pid": os.getpid(), "run": self.id}
+        if job := _job():  # which attempt of it this is, its batch script wants to know
+            own |= {"job": job, "attempt": os.environ.get("SLURM_RESTART_COUNT", "0")}
+        with self._lock:
+            if not self._has_ended:
+                self._has_ended = exit_code is not None
+                self.write_json("status.json", content | own | ({"hub": self.hub} if self.hub else {}))
 
     def write_json(self, name: str, content: Any) -> None:
         self.write(name, json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")

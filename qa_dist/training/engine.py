@@ -24,6 +24,7 @@ from accelerate.utils import (
     gather_object,
 )
 from torch import Tensor, nn
+from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage] -- documented
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from qa_dist.config import RunConfig
@@ -32,6 +33,7 @@ from qa_dist.tasks.task import Batch
 from qa_dist.training.launch_environment import LaunchEnvironment
 from qa_dist.training.strategies import NO_CLIPPING, DataParallel, Strategy, strategy_for
 from qa_dist.training.varlen import obstacle, packed, run_model, switch_on
+from qa_dist.training.watchdog import Watchdog
 
 Result = TypeVar("Result")
 
@@ -68,7 +70,7 @@ class Engine:
     multiple = 8
     """Lengths of batches are padded to multiples of this: tensor cores work in tiles of 8."""
 
-    def __init__(self, launch: LaunchEnvironment, timeout_minutes: int):
+    def __init__(self, launch: LaunchEnvironment, timeout_minutes: float, step_timeout_minutes: float = 10.0):
         """Join the process group. Raises `UserError` when fewer processes found each other than were started, or
         the launch config names an engine that is not supported."""
         _quieten()
@@ -93,7 +95,19 @@ class Engine:
         self.is_local_main: bool = self.accelerator.is_local_main_process
         # For threads that talk while the training thread does: over connections of their own.
         self._background = dist.new_group(backend="gloo") if self.world_size > 1 else None
+        self.store = self._shared_store()
+        self.watchdog = Watchdog(self.rank, self.world_size, 60 * timeout_minutes, 60 * step_timeout_minutes)
         self.strategy = strategy_for(self.accelerator, launch.use_fsdp)
+
+    def _shared_store(self) -> Store | None:
+        """A store that all processes reach, at any time and from any thread; None for one process."""
+        if self.world_size == 1:
+            return None
+        host = os.environ["MASTER_ADDR"]
+        timeout = timedelta(seconds=60)
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout) if self.is_main else None
+        port = self.broadcast(store.port if store else 0)
+        return store or TCPStore(host, port, is_master=False, timeout=timeout)
 
     def _check_world(self, launch: LaunchEnvironment) -> None:
         kind = self.accelerator.distributed_type
@@ -320,6 +334,11 @@ def is_lost_connection(error: RuntimeError) -> bool:
     """Whether a collective failed because another process has ended."""
     text = str(error)
     return isinstance(error, dist.DistError) or ("gloo" in text and ("onnection" in text or "peer" in text))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the host's memory did not suffice."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error) or "bad_alloc" in str(error)
 
 
 def _quieten() -> None:

@@ -55,7 +55,7 @@ def push(path: Path, config: RunConfig, say: Say) -> int:
     Raises `UserError` for what is not a finished run's directory, and `NotPushedError`.
     """
     repo_id = _repo_id(config)
-    require_ended(path)
+    require_ended(path, say)
     _require_silent(path)
     status = read_status(path)
     if not isinstance(status.get("run"), str) or not status["run"]:

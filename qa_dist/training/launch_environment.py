@@ -9,6 +9,7 @@ import torch
 
 from qa_dist.config import RunConfig
 from qa_dist.config_sources import Problem
+from qa_dist.launch_directory import EXPECTED_WORLD
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class LaunchEnvironment:
     """Whether more processes were asked for than this one, which has not been told of any."""
     cpu_asked_for: bool
     """Whether the launch config said so, where it is known to."""
+    planned_world: int | None
+    """Processes that `qa-dist launch` has planned, on all machines together."""
     on_cpu: bool
     """Whether the run is to use the CPU: because it was asked for, or because there is nothing else."""
 
@@ -52,6 +55,7 @@ class LaunchEnvironment:
             and "MASTER_ADDR" in os.environ
             and "WORLD_SIZE" not in os.environ,
             mixed_precision=get("ACCELERATE_MIXED_PRECISION", "no").lower(),
+            planned_world=int(get(EXPECTED_WORLD, "0")) or None,
             on_cpu=cpu_asked_for or not torch.accelerator.is_available(),
         )
 
@@ -76,6 +80,20 @@ class LaunchEnvironment:
                     "configs/accelerate)",
                 )
             )
+        if self.planned_world not in (None, self.world_size):
+            message = (
+                f"{self.planned_world} processes were to be started, and this is one of {self.world_size}: have all "
+                "machines been given the same --num_machines and --num_processes, and have all the same number of GPUs?"
+            )
+            problems.append(Problem((), message))
+        if self.use_deepspeed and os.environ.get("CROSS_SIZE") == "1":
+            # Accelerate hands over to DeepSpeed's own launcher only for several machines. Without a hostfile that one
+            # knows of none but its own, and starts a world of its own there.
+            message = (
+                "several machines were asked for, but DeepSpeed's launcher has started processes on this one alone; "
+                "add --deepspeed_multinode_launcher standard behind `accelerate launch`, on each machine"
+            )
+            problems.append(Problem((), message))
         devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
         # Without any GPU nobody can tell: Accelerate does not pass on that use_cpu was set.
         if devices and self.local_world_size > devices and not self.cpu_asked_for:

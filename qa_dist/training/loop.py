@@ -203,11 +203,12 @@ class Training:
         """Push what is left, and wait for the Hub: at most so long, and until a signal. Returns what the Hub lacks of
         what the run ends with; on the main process."""
         self._tell()
-        asked_before = self.stop.signal_number > 0
+        self.engine.watchdog.rest()  # for as long as the settings say
+        asked_before = self.stop.is_asked
         longest = min(seconds, self.config.hub.drain_timeout)
         if status := self.publisher.status:
             self.tracker.say(f"waiting for the Hub, at most {longest:g} s ({status})")
-        summary = self.publisher.finish(longest, lambda: self.stop.signal_number > 0 and not asked_before, self._tell)
+        summary = self.publisher.finish(longest, lambda: self.stop.is_asked and not asked_before, self._tell)
         self._tell()
         if summary is None:
             return ""
@@ -238,21 +239,26 @@ class Training:
         batches = self._plan(progress.epoch)
         left = batches[progress.batches_done :]
         started = time.perf_counter()
+        first_step = progress.step  # in which kernels are chosen or compiled, and connections made
+        self.engine.watchdog.phase(f"step {first_step + 1}")
         for batch, collated, waited in made_ahead(left, self.step.collate):
             rate = learning_rate(progress.step, self.total_steps, self.config.train)
+            if progress.step > first_step:
+                self.engine.watchdog.step(f"step {progress.step + 1}")
             is_due = self.engine.is_main and self.checkpointer.is_due_by_the_clock()
             result = self.step.run(progress.step, rate, batch, collated, is_due)
             self._count(result, batch, time.perf_counter() - started, waited)
             if progress.step % self.config.run.log_every == 0 or progress.step == self.total_steps:
                 self._log(progress.epoch - 1 + progress.batches_done / len(batches), rate, result)
             if result.stopping:
-                raise self.stop.error()
+                raise self.stop.error(self.engine)
             if result.is_due or self.checkpointer.is_due_after_step(progress.step):
                 self._checkpoint()
             self._tell()
             started = time.perf_counter()
 
     def _checkpoint(self, score: float | None = None) -> None:
+        self.engine.watchdog.phase("a checkpoint")
         self.checkpointer.save(self.progress, score)
 
     def _tell(self) -> None:
@@ -324,6 +330,7 @@ class Training:
 
     def _export(self, epoch: int, score: Score | None) -> None:
         """Make model/ and the predictions those of `epoch`."""
+        self.engine.watchdog.phase("the export of the model")
         strategy = self.engine.strategy
         model = strategy.plain_model()
         weights = full_weights(strategy, self.engine.is_main)

@@ -4,36 +4,22 @@ What has been uploaded is told through a store that all nodes reach, by the shar
 agreed on: the main process commits a state once the store knows all its shards.
 """
 
-import os
 import time
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 
 from huggingface_hub import CommitOperationAdd
 from huggingface_hub.lfs import UploadInfo
-from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage] -- documented
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage] -- documented
 
 from qa_dist.checkpoint.hub import Repository
 from qa_dist.checkpoint.hub_client import HubError
 from qa_dist.checkpoint.manifest import File, Manifest
 from qa_dist.checkpoint.push_queue import Push
 from qa_dist.checkpoint.store import directory_name
-from qa_dist.training.engine import Engine
 
 PATIENCE = 30.0
 """Seconds that one try waits for the other nodes."""
 POLL = 0.5
-
-
-def shared_store(engine: Engine, nodes: int) -> Store | None:
-    """A store that the processes of all nodes reach; None on a single node. All ranks have to call it."""
-    if nodes == 1:
-        return None
-    host = os.environ["MASTER_ADDR"]
-    timeout = timedelta(seconds=60)
-    store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout) if engine.is_main else None
-    port = engine.broadcast(store.port if store else 0)
-    return store or TCPStore(host, port, is_master=False, timeout=timeout)
 
 
 class NodeUploads:

@@ -1,13 +1,20 @@
-"""Requests to stop, from signals, that all ranks act on at the same point."""
+"""Requests to stop (signals, a stop file, the end of the time there is), on which all ranks act at the same point."""
 
 import contextlib
+import os
 import signal
+import subprocess
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
 from types import FrameType
 
 import torch
 
+from qa_dist.config import RunConfig
+from qa_dist.launch_directory import LaunchDirectory
 from qa_dist.reporting.run_directory import StoppedError
 from qa_dist.training.engine import Engine
 
@@ -15,39 +22,128 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 ECHO_SECONDS = 5.0
 """Signals this soon after the first are the same request again: a batch system signals the processes, and their
 launcher passes on the one that it got itself."""
+POLL_SECONDS = 0.1
+AT_THE_LIMIT = 75
+"""Exit code where the time is up: sysexits.h's "try again later"."""
+
+Request = tuple[str, int]
+"""Why to stop, and the exit code."""
+Source = Callable[[], Request | None]
+"""Something that may ask for a stop; looked at every `POLL_SECONDS`, in a thread."""
+
+
+def by_signal(number: int) -> Request:
+    return f"stopped by signal {number} ({signal.Signals(number).name})", 128 + number
 
 
 class StopRequest:
-    """Remembers the first signal that asked this process to stop."""
+    """Remembers the first reason for which this process was asked to stop."""
 
-    signal_number = 0
-    """0 as long as there was none."""
+    request: Request | None = None
     _noted_at = 0.0
 
+    @property
+    def is_asked(self) -> bool:
+        return self.request is not None
+
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Note the first of `SIGNALS` instead of dying of it; a later one stops at once."""
+    def listening(self, sources: Sequence[Source] = ()) -> Iterator[None]:
+        """Note the first of `SIGNALS` instead of dying of it, and what `sources` say; a later signal stops at once."""
         previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        ended = threading.Event()
+        watcher = threading.Thread(target=self._look, args=(list(sources), ended), name="stop requests", daemon=True)
+        watcher.start()
         try:
             yield
         finally:
+            ended.set()
+            watcher.join()
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if not self.signal_number:
-            self.signal_number, self._noted_at = number, time.monotonic()
+        if self.request is None:
+            self.request, self._noted_at = by_signal(number), time.monotonic()
         elif time.monotonic() - self._noted_at > ECHO_SECONDS:
             raise KeyboardInterrupt
 
+    def _look(self, sources: Sequence[Source], ended: threading.Event) -> None:
+        while self.request is None and not ended.wait(POLL_SECONDS):
+            for source in sources:
+                if request := source():
+                    self._noted_at = time.monotonic()
+                    self.request = self.request or request
+
     def raise_if_any(self, engine: Engine) -> None:
         """Raise `StoppedError` on all ranks if any of them was asked to stop. All ranks have to call this."""
-        flag = torch.tensor(float(self.signal_number > 0), device=engine.device)
+        flag = torch.tensor(float(self.is_asked), device=engine.device)
         if engine.sum(flag).item():
-            raise self.error()
+            raise self.error(engine)
 
-    def error(self) -> StoppedError:
-        """What to raise once the ranks have agreed to stop."""
-        number = self.signal_number
-        reason = f"signal {number}" if number else "a signal to another process"
-        return StoppedError(f"stopped by {reason}", 128 + (number or signal.SIGTERM))
+    def error(self, engine: Engine) -> StoppedError:
+        """What to raise on all ranks once they have agreed to stop: the reason of the first that has one."""
+        found = [request for request in engine.gather(self.request) if request]
+        reason, code = found[0]
+        return StoppedError(reason, code)
+
+
+# ------------------------------------------------------------------------------------------- sources
+
+
+def sources_for(config: RunConfig, is_main: bool) -> list[Source]:
+    """What may ask a run to stop besides signals."""
+    sources: list[Source] = []
+    if directory := LaunchDirectory.of_this_process():
+        sources.append(lambda: by_signal(number) if (number := directory.stop_signal()) else None)
+    if is_main:
+        sources.append(lambda: stop_file(config.output_dir / "stop"))
+        sources += [at_time(*limit) for limit in time_limits(config)]
+    return sources
+
+
+def stop_file(path: Path) -> Request | None:
+    """A request if there is such a file, which is taken away: one that is empty, or names a signal (USR1)."""
+    try:
+        name = path.read_text(encoding="utf-8", errors="replace").strip().upper()
+    except OSError:
+        return None
+    with contextlib.suppress(OSError):
+        path.unlink()
+    number = getattr(signal, f"SIG{name.removeprefix('SIG')}", None)
+    return (
+        by_signal(number)
+        if number is not None and number in SIGNALS
+        else (f"stopped because of the file {path}", 128 + signal.SIGINT)
+    )
+
+
+def at_time(moment: float, what: str) -> Source:
+    """A request from `moment` (monotonic seconds) on."""
+    return lambda: (what, AT_THE_LIMIT) if time.monotonic() >= moment else None
+
+
+def time_limits(config: RunConfig) -> list[tuple[float, str]]:
+    """When the run has to stop (monotonic seconds), and why."""
+    limits = []
+    if config.run.max_hours is not None:
+        hours = config.run.max_hours
+        limits.append((time.monotonic() + 3600 * hours, f"stopped: run.max_hours ({hours:g}) are up"))
+    end = slurm_end_time()
+    if end is not None:
+        left = end - time.time()
+        margin = min(60 * config.run.end_margin_minutes, left / 4)  # a short job is not to end before it has begun
+        limits.append((time.monotonic() + left - margin, "stopped: the SLURM job's time limit is near"))
+    return limits
+
+
+def slurm_end_time() -> float | None:
+    """When SLURM ends the job that this process is part of (seconds since the epoch); None where that is not known."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return None
+    if known := os.environ.get("SLURM_JOB_END_TIME", ""):
+        return float(known) if known.isdigit() else None
+    command = ["squeue", "--noheader", "--format=%e", "--jobs", os.environ["SLURM_JOB_ID"]]
+    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        return datetime.fromisoformat(shown).timestamp()
+    return None  # no limit, or no SLURM commands in this container

@@ -1,6 +1,7 @@
 """A run from beginning to end: the processes joined, everything loaded, and the run directory that tells the story."""
 
 import contextlib
+import socket
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -11,11 +12,12 @@ from qa_dist.checkpoint.store import recover, tidy
 from qa_dist.config import RunConfig
 from qa_dist.config_sources import to_yaml
 from qa_dist.errors import TrainingError
+from qa_dist.launch_directory import LaunchDirectory, conclude
 from qa_dist.reporting.run_directory import RunDirectory, read_status
-from qa_dist.reporting.tracker import Tracker, summary_table
+from qa_dist.reporting.tracker import Tracker, announce, summary_table
 from qa_dist.tasks import load_task
 from qa_dist.tasks.task import FeatureSet, Task
-from qa_dist.training.engine import Engine, is_lost_connection
+from qa_dist.training.engine import Engine, is_lost_connection, is_out_of_memory
 from qa_dist.training.evaluation import evaluate
 from qa_dist.training.health import FlopsPerWindow
 from qa_dist.training.hub_view import HubView
@@ -23,8 +25,7 @@ from qa_dist.training.launch_environment import LaunchEnvironment
 from qa_dist.training.loop import Training
 from qa_dist.training.micro_batch import micro_batch_size
 from qa_dist.training.models import build_model
-from qa_dist.training.node_uploads import shared_store
-from qa_dist.training.preemption import StopRequest
+from qa_dist.training.preemption import StopRequest, sources_for
 from qa_dist.training.publishing import Publisher
 from qa_dist.training.resume import (
     DIRECTORY,
@@ -58,8 +59,8 @@ def train(config: RunConfig, launch: LaunchEnvironment, resume: Resume) -> None:
         flops = FlopsPerWindow.of(parts.model)
         engine.prepare(parts.model, config)
         nodes = max(launch.world_size // max(launch.local_world_size, 1), 1)
-        store = shared_store(engine, int(engine.max(nodes)) if config.hub.repo_id else 1)
-        publisher = Publisher(config.hub, run, session.identity, store)
+        several = config.hub.repo_id is not None and engine.max(nodes) > 1
+        publisher = Publisher(config.hub, run, session.identity, engine.store if several else None)
         training = Training(
             config, engine, parts.task, run, parts.tracker, session.stop, parts.sets, size, flops, digest, publisher
         )
@@ -115,10 +116,18 @@ def _session(
     config: RunConfig, launch: LaunchEnvironment, resume: Resume, *, trains: bool = False
 ) -> Iterator[_Session]:
     """The processes joined, signals listened to, a run directory that will tell how the run ends, what to resume."""
-    engine = Engine(launch, config.run.timeout_minutes)
+    engine = Engine(launch, config.run.timeout_minutes, config.run.step_timeout_minutes)
     run = RunDirectory(config.output_dir, engine.is_main)
     stop = StopRequest()
-    with stop.listening():
+
+    def give_up(reason: str) -> None:
+        conclude(1, reason)
+        if engine.is_local_main and LaunchDirectory.of_this_process() is None:
+            announce(f"[{socket.gethostname()}] {reason}")
+        run.fail(reason)
+
+    watching = engine.watchdog.watching(engine.store, give_up)
+    with stop.listening(sources_for(config, engine.is_main)), watching:
         root = config.output_dir / DIRECTORY
         if resume.is_in_place and engine.is_local_main:
             recover(root)
@@ -155,8 +164,14 @@ def _session(
                     "to auto or lower it, set train.gradient_checkpointing, or divide the model (such as with "
                     "configs/accelerate/zero2.yaml)"
                 ) from None
-            except RuntimeError as error:
-                if is_lost_connection(error):
+            except (RuntimeError, MemoryError) as error:
+                if is_out_of_memory(error):
+                    raise TrainingError(
+                        f"the memory of this machine does not suffice ({str(error).splitlines()[0][:200]}). Give the "
+                        "job more, start fewer processes on a machine, or lower evaluation.batch_size or "
+                        "train.micro_batch_size"
+                    ) from None
+                if isinstance(error, RuntimeError) and is_lost_connection(error):
                     raise TrainingError(
                         "another process of this run is gone: killed, out of memory, or failed; see what it or its "
                         f"node's log says ({str(error).splitlines()[0]})"

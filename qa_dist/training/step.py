@@ -100,7 +100,7 @@ class Step:
             losses.append(loss.detach())
             padded_tokens += on_host.positions
         # One collective for all that the ranks have to agree on.
-        own = [padded_tokens, self.stop.signal_number > 0, is_due]
+        own = [padded_tokens, self.stop.is_asked, is_due]
         flags = torch.tensor(own, dtype=torch.float32, device=engine.device)
         total, padded, stops, dues = engine.sum(torch.cat([torch.cat(losses).sum()[None], flags])).tolist()
         mean = total / len(batch)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -96,11 +97,18 @@ def test_auto_starts_where_there_is_nothing(tmp_path: Path, finished: Path, caps
 
 
 def test_a_run_that_is_still_going_on_is_left_alone(cut_off: Path, capsys):
-    status = json.loads((cut_off / "status.json").read_text())
-    (cut_off / "status.json").write_text(json.dumps(status | {"pid": 1}))
+    """It shows signs of life; a process of that number that does not is another one's."""
+    status = json.loads((cut_off / "status.json").read_text()) | {"pid": 1, "updated": 1.0}
+    (cut_off / "status.json").write_text(json.dumps(status))
+    later = threading.Timer(2, lambda: (cut_off / "status.json").write_text(json.dumps(status | {"updated": 6.0})))
+    later.start()
     code, _, message = train(capsys, cut_off, "--resume", "auto")
     assert code == 2
+    assert "seeing for 13 s whether it still lives" in message
     assert "is still going on (process 1)" in message
+    code, shown, message = train(capsys, cut_off, "--resume", "auto")
+    assert code == 0, message
+    assert "going on from" in shown
 
 
 def test_a_stopped_run_goes_on_where_it_stopped(launcher: Launcher, finished: Path, tmp_path: Path, capsys):

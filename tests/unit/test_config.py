@@ -160,14 +160,20 @@ def test_fp16_on_a_cpu_is_refused(capsys, monkeypatch):
     assert "fp16 (from the launch config) does not exist on a CPU" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("rank", "local_rank", "speaks"), [(0, 0, True), (1, 1, False), (2, 0, True)])
-def test_one_process_of_each_node_speaks(rank: int, local_rank: int, speaks: bool, capsys, monkeypatch):
+@pytest.mark.parametrize(("rank", "local_rank", "waits"), [(0, 0, []), (1, 1, [10]), (2, 0, [])])
+def test_one_process_of_each_node_speaks_first(rank: int, local_rank: int, waits: list[int], capsys, monkeypatch):
+    """The others wait until they have been ended, or their error has turned out to be theirs alone."""
+    waited: list[int] = []
+    monkeypatch.setattr("qa_dist.cli.time.sleep", waited.append)
     for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank), ("WORLD_SIZE", 4)):
         monkeypatch.setenv(name, str(value))
     with pytest.raises(SystemExit) as exit_:
         main(["train"])
     assert exit_.value.code == 2
-    assert ("model.name: is not set" in capsys.readouterr().err) == speaks
+    assert waited == waits
+    message = capsys.readouterr().err
+    assert "model.name: is not set" in message
+    assert (f"rank {rank}]" in message) == bool(waits)
 
 
 def test_config_show_checks_combinations(capsys):

@@ -1,0 +1,120 @@
+"""The command `qa-dist launch`."""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from qa_dist import doctor
+from qa_dist.config import RunConfig
+from qa_dist.errors import UserError
+from qa_dist.launching.plan import OPTIONS, Options, own_cores, plan
+from qa_dist.launching.supervisor import supervise
+from qa_dist.training.preemption import AT_THE_LIMIT
+
+USAGE = """usage: qa-dist launch [OPTIONS] COMMAND [ARGUMENTS]
+
+Starts `qa-dist COMMAND ARGUMENTS` on all GPUs of this machine, or of every node of a SLURM job step, with
+`accelerate launch`; watches over the processes, and ends with their exit code.
+
+{options}
+  --dry_run            Print the command line of each machine, and start nothing.
+
+  qa-dist launch train --config run.yaml --resume auto
+  qa-dist launch --config_file zero2 --num_machines 2 --machine_rank 0 --main_process_ip node0 \\
+      --main_process_port 29500 train --config run.yaml
+"""
+NUMBERS = ("num_machines", "machine_rank", "num_processes", "main_process_port")
+
+
+STEP_SECONDS = 3
+"""How long a task of several that failed waits for the others to say what is the matter with them."""
+COMMANDS = ("train", "evaluate", "doctor")
+"""Those that run on several processes."""
+
+
+def launch(
+    args: Sequence[str],
+    settings_of: Callable[[Sequence[str]], RunConfig],
+    show: Callable[[str], object],
+    say: Callable[[str], object],
+) -> int:
+    """Start what `args` say, and return its exit code. Raises `UserError`.
+
+    `settings_of`: the settings that a command and its arguments amount to. `show` prints what was asked for, `say`
+    what goes on.
+    """
+    values, program = _parse(args)
+    if "help" in values or not program:
+        text = "\n".join(f"  --{name:<18} {text}" for name, text in OPTIONS.items())
+        (show if "help" in values else say)(USAGE.format(options=text))
+        return 0 if "help" in values else 2
+    if program[0] not in COMMANDS:
+        raise UserError(f"launch: {program[0]} is no command for several processes (those are: {', '.join(COMMANDS)})")
+    config = settings_of(program)  # a mistake is told here, once, and not by every process
+    options = Options(**values)
+    devices, no_bf16 = _devices()
+    machines = options.num_machines or int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
+    processes = options.num_processes or devices * machines
+    engine = doctor.fitting_engine(config, processes, machines) if devices else "cpu_ddp"
+    chosen = plan(options, program, os.environ, devices, engine, no_bf16)
+    cores = own_cores()
+    if options.dry_run:
+        show("\n".join(chosen.lines(os.environ, cores)))
+        return 0
+    if chosen.machines.count > 1:
+        place = f"{socket.gethostname()} is machine {chosen.machines.rank} of {chosen.machines.count}"
+        say(f"qa-dist launch: {place}; machine 0 is {chosen.machines.main_ip}, port {chosen.machines.main_port}")
+    code = supervise(
+        chosen.arguments(), chosen.environment(os.environ, cores), lambda text: say(f"qa-dist launch: {text}")
+    )
+    if chosen.machines.count > 1 and "SLURM_STEP_ID" in os.environ:
+        return _in_step(code)
+    return code
+
+
+def _in_step(code: int) -> int:
+    """Exit code of a task of several in a SLURM job step, where srun kills the other tasks once one has failed: they
+    are to end by themselves where that is not what has happened. The run's status.json tells how it ended."""
+    if code > 128 or code == AT_THE_LIMIT:
+        return 0
+    if code:
+        time.sleep(STEP_SECONDS)
+    return code
+
+
+def _parse(args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The options, and what follows them. Raises `UserError`."""
+    values: dict[str, Any] = {}
+    rest = list(args)
+    while rest and rest[0].startswith("-"):
+        flag, _, value = rest.pop(0).partition("=")
+        name = flag.lstrip("-").replace("-", "_")
+        if name in ("h", "help"):
+            return {"help": True}, []
+        if name == "dry_run":
+            values["dry_run"] = True
+            continue
+        if not flag.startswith("--") or name not in OPTIONS:
+            raise UserError(f"launch: there is no option {flag}; those of the command come after its name")
+        if not value and not rest:
+            raise UserError(f"{flag}: has no value")
+        value = value or rest.pop(0)
+        if name in NUMBERS:
+            if not value.isdigit():
+                raise UserError(f"{flag}: {value!r} is not a number")
+            values[name] = int(value)
+        else:
+            values[name] = value
+    return values, rest
+
+
+def _devices() -> tuple[int, bool]:
+    """GPUs of this machine, and whether they lack bf16."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        return 0, False
+    no_bf16 = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.accelerator.device_count(), no_bf16
