@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+TIME_IS_UP = 75
+"""Exit code of a run that was stopped because its time was up: "try again later" in sysexits.h."""
+
 
 class UserError(Exception):
     """Something the user can mend. Shown as its message alone, without a traceback."""

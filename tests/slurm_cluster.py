@@ -335,7 +335,13 @@ def _with_descendants(roots: Sequence[psutil.Process]) -> list[psutil.Process]:
             with suppress(psutil.Error):
                 if process.ppid() in found:
                     found.setdefault(process.pid, process)
-    return sorted(found.values(), key=lambda process: not process.name().startswith("slurm"))
+    return sorted(found.values(), key=lambda process: not _name(process).startswith("slurm"))
+
+
+def _name(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return process.name()
+    return ""  # it has just ended
 
 
 def _kill(find: Callable[[], list[psutil.Process]]) -> None:

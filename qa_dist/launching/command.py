@@ -6,12 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qa_dist import doctor
 from qa_dist.config import RunConfig
-from qa_dist.errors import UserError
+from qa_dist.errors import TIME_IS_UP, UserError
 from qa_dist.launching.plan import OPTIONS, Options, own_cores, plan
+from qa_dist.launching.probe import probe
 from qa_dist.launching.supervisor import supervise
-from qa_dist.training.preemption import AT_THE_LIMIT
 
 USAGE = """usage: qa-dist launch [OPTIONS] COMMAND [ARGUMENTS]
 
@@ -54,11 +53,8 @@ def launch(
         raise UserError(f"launch: {program[0]} is no command for several processes (those are: {', '.join(COMMANDS)})")
     config = settings_of(program)  # a mistake is told here, once, and not by every process
     options = Options(**values)
-    devices, no_bf16 = _devices()
     machines = options.num_machines or int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
-    processes = options.num_processes or devices * machines
-    engine = doctor.fitting_engine(config, processes, machines) if devices else "cpu_ddp"
-    chosen = plan(options, program, os.environ, devices, engine, no_bf16)
+    chosen = plan(options, program, os.environ, lambda: probe(config, machines))
     cores = own_cores()
     if options.dry_run:
         show("\n".join(chosen.lines(os.environ, cores)))
@@ -77,7 +73,7 @@ def launch(
 def _in_step(code: int) -> int:
     """Exit code of a task of several in a SLURM job step, where srun kills the other tasks once one has failed: they
     are to end by themselves where that is not what has happened. The run's status.json tells how it ended."""
-    if code > 128 or code == AT_THE_LIMIT:
+    if code > 128 or code == TIME_IS_UP:
         return 0
     if code:
         time.sleep(STEP_SECONDS)
@@ -108,13 +104,3 @@ def _parse(args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         else:
             values[name] = value
     return values, rest
-
-
-def _devices() -> tuple[int, bool]:
-    """GPUs of this machine, and whether they lack bf16."""
-    import torch
-
-    if not torch.accelerator.is_available():
-        return 0, False
-    no_bf16 = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.accelerator.device_count(), no_bf16

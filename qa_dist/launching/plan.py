@@ -4,7 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import yaml
 
 from qa_dist.errors import UserError
 from qa_dist.launch_directory import EXPECTED_WORLD
+from qa_dist.launching.probe import Probe
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs" / "accelerate"
 """The launch configs that come with the project."""
@@ -111,18 +112,19 @@ class Plan:
         return [f"{prefix} {shlex.join(self.arguments(rank))}" for rank in range(self.machines.count)]
 
 
-def plan(
-    options: Options, program: Sequence[str], environ: Mapping[str, str], devices: int, engine: str, no_bf16: bool
-) -> Plan:
-    """`devices`: GPUs of this machine; `engine`: the launch config to take when none is named. Raises `UserError`."""
+def plan(options: Options, program: Sequence[str], environ: Mapping[str, str], look: Callable[[], Probe]) -> Plan:
+    """`look` finds out what GPUs there are; it is asked where that matters. Raises `UserError`."""
     machines = _machines(options, environ)
-    path = launch_config(options.config_file if options.config_file not in (None, "auto") else engine)
+    is_named = options.config_file not in (None, "auto")
+    path = launch_config(options.config_file) if is_named else None
+    found = Probe() if path is not None and read_launch_config(path).get("use_cpu") else look()
+    path = path or launch_config(found.engine)
     content = read_launch_config(path)
     use_cpu = bool(content.get("use_cpu"))
     count = options.num_processes
-    if count is None and devices and not use_cpu:
-        count = devices * machines.count
-    if count is None and options.config_file in (None, "auto"):
+    if count is None and found.devices:
+        count = found.devices * machines.count
+    if count is None and not is_named:
         count = machines.count  # without a GPU one process takes all cores of its machine
     if count is None and not use_cpu:
         raise UserError(
@@ -137,7 +139,7 @@ def plan(
             "those of all machines together"
         )
     precision = options.mixed_precision
-    if precision is None and no_bf16 and not use_cpu and content.get("mixed_precision") == "bf16":
+    if precision is None and found.no_bf16 and content.get("mixed_precision") == "bf16":
         precision = "fp16"
     deepspeed = str(content.get("distributed_type", "")).upper() == "DEEPSPEED"
     return Plan(path, deepspeed, machines, count, precision, tuple(program))
@@ -189,6 +191,8 @@ def _machines(options: Options, environ: Mapping[str, str]) -> Machines:
         raise UserError(f"--machine_rank: {rank} is not the number of one of {count} machines (they count from 0)")
     ip = options.main_process_ip or environ.get("MASTER_ADDR") or (_first_node(environ) if of_slurm else "")
     port = options.main_process_port or int(environ.get("MASTER_PORT") or 0) or (port_of(environ) if of_slurm else 0)
+    if options.dry_run:
+        ip, port = ip or "HOST_OF_MACHINE_0", port or FIRST_PORT
     if not ip or not port:
         raise UserError(
             "--main_process_ip and --main_process_port: are not set; name the host of machine 0, and a port that is "

@@ -14,6 +14,7 @@ from types import FrameType
 import torch
 
 from qa_dist.config import RunConfig
+from qa_dist.errors import TIME_IS_UP
 from qa_dist.launch_directory import LaunchDirectory
 from qa_dist.reporting.run_directory import StoppedError
 from qa_dist.training.engine import Engine
@@ -23,8 +24,6 @@ ECHO_SECONDS = 5.0
 """Signals this soon after the first are the same request again: a batch system signals the processes, and their
 launcher passes on the one that it got itself."""
 POLL_SECONDS = 0.1
-AT_THE_LIMIT = 75
-"""Exit code where the time is up: sysexits.h's "try again later"."""
 
 Request = tuple[str, int]
 """Why to stop, and the exit code."""
@@ -119,7 +118,7 @@ def stop_file(path: Path) -> Request | None:
 
 def at_time(moment: float, what: str) -> Source:
     """A request from `moment` (monotonic seconds) on."""
-    return lambda: (what, AT_THE_LIMIT) if time.monotonic() >= moment else None
+    return lambda: (what, TIME_IS_UP) if time.monotonic() >= moment else None
 
 
 def time_limits(config: RunConfig) -> list[tuple[float, str]]:

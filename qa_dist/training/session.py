@@ -65,6 +65,7 @@ def train(config: RunConfig, launch: LaunchEnvironment, resume: Resume) -> None:
             config, engine, parts.task, run, parts.tracker, session.stop, parts.sets, size, flops, digest, publisher
         )
         if checkpoint is not None:
+            engine.watchdog.phase(f"going on from {checkpoint.path}")
             in_place = _is_in(checkpoint, config)
             training.resume(checkpoint, in_place=in_place)
             kept = checkpoint.manifest.progress.get("metrics_bytes", 0) if in_place else 0
@@ -203,11 +204,13 @@ def _load(config: RunConfig, session: _Session, splits: tuple[str, ...]) -> _Par
     task = engine.local_main_first(lambda: load_task(config))
     sets: dict[str, FeatureSet] = {}
     for split in splits:
+        engine.watchdog.phase(f"preparing the {split} data")
         stop.raise_if_any(engine)
         features = engine.local_main_first(lambda split=split: task.features(split))
         engine.require_same(features.fingerprint if features else "", f"the {split} features")
         if features is not None:
             sets[split] = features
+    engine.watchdog.phase("loading the model")
     model, notes = engine.local_main_first(lambda: build_model(config, task, trained="train" not in splits))
     if config.model.attention == "varlen":
         notes += engine.use_packed_attention(model)

@@ -56,6 +56,7 @@ class Watchdog:
     @contextlib.contextmanager
     def watching(self, store: Store | None, on_hang: Callable[[str], object]) -> Iterator[None]:
         """Watch; `on_hang` is told the findings before the process ends with exit code 1, in the watching thread."""
+        self.phase("the start")
         thread = threading.Thread(target=self._watch, args=(store, on_hang), name="watchdog", daemon=True)
         thread.start()
         try:

@@ -107,7 +107,7 @@ def started(tmp_path: Path):
 # ------------------------------------------------------------------------------------------------- stopping
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_the_launcher_stops_all_processes_with_a_checkpoint(number: int, started):
     process, run = started()
     process.send_signal(number)
@@ -206,9 +206,8 @@ def test_the_launcher_itself_is_killed(started):
     assert checkpoints(run)[-1] == read_status(run)["step"]
 
 
-@pytest.mark.parametrize("engine", ["cpu_ddp", "cpu_zero2"])
-def test_a_process_that_hangs(engine: str, started):
-    process, run = started("--run.step_timeout_minutes", "0.05", engine=engine)
+def test_a_process_that_hangs(started):
+    process, run = started("--run.step_timeout_minutes", "0.05", engine="cpu_ddp")
     ranks(process)[1].suspend()
     output = end_of(process)
     assert process.returncode == 1

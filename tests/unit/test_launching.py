@@ -10,6 +10,7 @@ from qa_dist.config import OutputConfig, RunConfig
 from qa_dist.errors import UserError
 from qa_dist.launch_directory import Exit, LaunchDirectory, Note
 from qa_dist.launching.plan import CONFIGS, Options, plan, port_of
+from qa_dist.launching.probe import Probe
 from qa_dist.launching.supervisor import account
 from qa_dist.training.preemption import stop_file, time_limits
 from qa_dist.training.watchdog import described, grouped
@@ -25,7 +26,8 @@ STEP = {
 
 
 def planned(environ: dict[str, str] | None = None, devices: int = 8, no_bf16: bool = False, **options: Any) -> str:
-    chosen = plan(Options(**options), ["train", "--x", "a b"], environ or {}, devices, "ddp", no_bf16)
+    found = Probe(devices, no_bf16, "ddp")
+    chosen = plan(Options(**options), ["train", "--x", "a b"], environ or {}, lambda: found)
     return " ".join(chosen.arguments()).replace(f"{CONFIGS}/", "")
 
 
@@ -96,7 +98,7 @@ def test_attempts_of_a_job_and_jobs_beside_each_other_have_ports_of_their_own():
 
 
 def test_what_the_user_has_set_for_the_processes_stays():
-    chosen = plan(Options(), ["train"], {}, 4, "ddp", False)
+    chosen = plan(Options(), ["train"], {}, lambda: Probe(4, False, "ddp"))
     assert chosen.environment({}, cores=32)["OMP_NUM_THREADS"] == "8"
     assert "OMP_NUM_THREADS" not in chosen.environment({"OMP_NUM_THREADS": "3"}, cores=32)
 
