@@ -6,13 +6,14 @@ import traceback
 from typing import NoReturn
 
 from qa_dist.cli import main
-from qa_dist.launch_directory import LaunchDirectory, conclude
+from qa_dist.launch_directory import LaunchDirectory, conclude, when_orphaned
 
 
 def run() -> NoReturn:
     """The command line, and the end of the process."""
     if directory := LaunchDirectory.of_this_process():
         directory.note()
+        when_orphaned(lambda: os._exit(1))
     try:
         main()
     except SystemExit as end:

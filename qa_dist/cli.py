@@ -128,7 +128,7 @@ def _dispatch(args: list[str]) -> int:
 
 def _read(command: str, args: list[str]) -> tuple[list[Source], dict[str, str | None]]:
     """The settings that `args` give, and the command's own options."""
-    own = {"score": SCORE_OPTIONS, "train": TRAIN_OPTIONS}
+    own = {"score": SCORE_OPTIONS, "train": TRAIN_OPTIONS, "config show": TRAIN_OPTIONS}
     extra = {"config": "YAML file with settings."} | own.get(command, {})
     flags, options = from_flags(args, f"qa-dist {command}", COMMANDS[command], extra)
     config_file = options["config"]
@@ -150,7 +150,7 @@ def _run(command: str, sources: list[Source], options: dict[str, str | None]) ->
 
     launch = LaunchEnvironment.read()
     launch.announce()
-    from qa_dist.reporting.run_directory import StoppedError, require_ended, require_free
+    from qa_dist.reporting.run_directory import StoppedError, require_free
     from qa_dist.training import session
     from qa_dist.training.export import exported_settings
     from qa_dist.training.resume import Resume
@@ -184,11 +184,7 @@ def _run(command: str, sources: list[Source], options: dict[str, str | None]) ->
         try:
             if not launch.is_main:  # the others may look when the main process has already begun to write
                 pass
-            elif resume.is_in_place:
-                require_ended(
-                    config.output_dir, _tell
-                )  # whether it is this run's is seen once its checkpoints are known
-            else:
+            elif not resume.is_in_place:  # else whose it is is seen once its checkpoints are known
                 require_free(config.output_dir)
         except UserError as error:
             return [Problem(("run.output_dir",), str(error))]

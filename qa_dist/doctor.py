@@ -213,13 +213,11 @@ def estimate(config: RunConfig, devices: int, nodes: int, bytes_per_value: int) 
 
 
 def fitting_engine(config: RunConfig, devices: int, nodes: int) -> str:
-    """The launch config in configs/accelerate for `config` on GPUs: the fastest one under which the model fits."""
+    """The launch config in configs/accelerate for `config` on GPUs: the fastest one under which the model fits. Raises
+    `UserError` for a model that cannot be looked at."""
     if config.model.name is None:
         return "ddp"
-    try:
-        best = estimate(config, devices, nodes, 2).best
-    except UserError:
-        return "ddp"  # the command itself will say what is wrong with the model
+    best = estimate(config, devices, nodes, 2).best
     return best[0] if best else "zero3_offload"
 
 

@@ -9,15 +9,27 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 VARIABLE = "QA_DIST_LAUNCH_DIRECTORY"
-LAUNCHER = "QA_DIST_LAUNCHER_PID"
+LAUNCHER = "QA_DIST_LAUNCHER"
 EXPECTED_WORLD = "QA_DIST_WORLD_SIZE"
-"""Environment variables of the processes: the directory, the launcher's process id, how many they should be."""
+"""Environment variables of the processes: the directory, the launcher's identity, how many they should be."""
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Those that ask for a stop with a checkpoint."""
+ECHO_SECONDS = 5.0
+"""Signals this soon after the first are the same request again: batch systems send them to several processes, which
+pass them on."""
+ORPHANED_SECONDS = 100.0
+"""How long processes whose launcher was killed have to stop with a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +38,17 @@ class Note:
 
     rank: int
     pid: int
+    started: str
+    """When the process began: numbers of processes are used again."""
     host: str
     code: int | None = None
     """Exit code; None while it runs, and for ever if it was killed."""
     message: str = ""
     ended_at: float = 0.0
+
+    @property
+    def is_running(self) -> bool:
+        return is_running(self.pid, self.started)
 
 
 @dataclass(frozen=True)
@@ -57,6 +75,10 @@ class LaunchDirectory:
 
     # -------------------------------------------------------------------------------- the launcher's side
 
+    def environment(self) -> dict[str, str]:
+        """By which the processes know this directory, and the launcher: this process."""
+        return {VARIABLE: str(self.path), LAUNCHER: f"{os.getpid()}@{start_of(os.getpid())}"}
+
     def ask_to_stop(self, number: int) -> None:
         """Ask all processes to stop because signal `number` came."""
         self._write("stop.json", {"signal": number})
@@ -78,18 +100,16 @@ class LaunchDirectory:
 
     def note(self, code: int | None = None, message: str = "") -> None:
         """Say that this process has begun, or how it ends."""
-        rank = int(os.environ.get("RANK", "0"))
+        rank, pid = int(os.environ.get("RANK", "0")), os.getpid()
         ended_at = 0.0 if code is None else time.time()
-        note = Note(rank, os.getpid(), socket.gethostname(), code, message, ended_at)
+        note = Note(rank, pid, start_of(pid), socket.gethostname(), code, message, ended_at)
         self._write(f"rank_{rank:05}.json", asdict(note))
 
     def stop_signal(self) -> int:
         """The signal because of which this process should stop, or 0."""
-        number = _read(self.path / "stop.json").get("signal", 0)
-        launcher = os.environ.get(LAUNCHER)
-        if not number and launcher and not is_running(int(launcher)):
-            return signal.SIGHUP  # nobody is left who would end this process
-        return number
+        if number := _read(self.path / "stop.json").get("signal", 0):
+            return number
+        return 0 if launcher_is_there() else signal.SIGHUP  # nobody is left who would end this process
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         temporary = self.path / f".{name}.{os.getpid()}"
@@ -97,7 +117,26 @@ class LaunchDirectory:
             temporary.write_text(json.dumps(content), encoding="utf-8")
             temporary.replace(self.path / name)
         except OSError:
-            pass  # a full or vanished /tmp: the launcher then says less, and nothing else is lost
+            pass  # a full or vanished /tmp: there are signals too, and the launcher knows its children
+
+
+def launcher_is_there() -> bool:
+    """Whether `qa-dist launch`, which has started this process, still runs."""
+    pid, _, started = os.environ.get(LAUNCHER, "").partition("@")
+    return not pid or is_running(int(pid), started)
+
+
+def when_orphaned(end: Callable[[], object], seconds: float = ORPHANED_SECONDS) -> None:
+    """Call `end`, in a thread, so long after the launcher was killed: a process that cannot stop by itself, because it
+    hangs or has not begun to listen, is not to live on without anybody who knows of it."""
+
+    def look() -> None:
+        while launcher_is_there():
+            time.sleep(2)
+        time.sleep(seconds)
+        end()
+
+    threading.Thread(target=look, name="launcher", daemon=True).start()
 
 
 def conclude(code: int, message: str) -> None:
@@ -115,16 +154,29 @@ def _read(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def is_running(pid: int) -> bool:
-    """Whether there is such a process, and it is more than an entry that its parent has not read yet."""
+def start_of(pid: int) -> str:
+    """When a process began, on the machine's own clock; empty if there is none. Clocks that people read are set."""
+    if fields := _stat(pid):
+        return fields[19]
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except OSError:
-        pass
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return str(psutil.Process(pid).create_time())  # without /proc the system tells it as it was
+    except psutil.Error:
+        return ""
+
+
+def is_running(pid: int, started: str = "") -> bool:
+    """Whether there is such a process, begun then if that is known, and more than an entry for its parent to read."""
+    fields = _stat(pid)
+    if fields and fields[0] in "ZX":
         return False
+    if not fields and not psutil.pid_exists(pid):
+        return False
+    return not started or start_of(pid) == started
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the third on, the state; empty where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
-        return True
-    return True
+        return []

@@ -11,12 +11,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from typing import NoReturn
 
-from qa_dist.launch_directory import Exit, LaunchDirectory
+import psutil
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+from qa_dist.launch_directory import STOP_SIGNALS, Exit, LaunchDirectory, when_orphaned
+
 SHUTDOWN_SECONDS = 10
 """After one process has failed: how long the others have to end by themselves."""
 
@@ -25,9 +27,12 @@ def main() -> NoReturn:
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SHUTDOWN_SECONDS)
     logging.disable(logging.ERROR)  # what has failed is told at the end
-    for number in STOP_SIGNALS:
+    for number in STOP_SIGNALS:  # which the processes inherit, until they listen to them
         signal.signal(number, signal.SIG_IGN)
+    when_orphaned(_end_all)
     directory = LaunchDirectory.of_this_process()
+    if directory is not None:
+        tempfile.tempdir = str(directory.path)  # of this process: torch's launcher leaves a directory at every start
     exits: list[Exit] = []
     problem = ""
     try:
@@ -44,6 +49,13 @@ def main() -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1 if exits or problem else 0)
+
+
+def _end_all() -> NoReturn:
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    os._exit(1)
 
 
 def _launch(arguments: list[str]) -> None:

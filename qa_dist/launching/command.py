@@ -10,7 +10,7 @@ from qa_dist.config import RunConfig
 from qa_dist.errors import TIME_IS_UP, UserError
 from qa_dist.launching.plan import OPTIONS, Options, own_cores, plan
 from qa_dist.launching.probe import probe
-from qa_dist.launching.supervisor import supervise
+from qa_dist.launching.supervisor import Outcome, supervise
 
 USAGE = """usage: qa-dist launch [OPTIONS] COMMAND [ARGUMENTS]
 
@@ -27,7 +27,7 @@ Starts `qa-dist COMMAND ARGUMENTS` on all GPUs of this machine, or of every node
 NUMBERS = ("num_machines", "machine_rank", "num_processes", "main_process_port")
 
 
-STEP_SECONDS = 3
+PATIENCE_SECONDS = 3
 """How long a task of several that failed waits for the others to say what is the matter with them."""
 COMMANDS = ("train", "evaluate", "doctor")
 """Those that run on several processes."""
@@ -53,31 +53,33 @@ def launch(
         raise UserError(f"launch: {program[0]} is no command for several processes (those are: {', '.join(COMMANDS)})")
     config = settings_of(program)  # a mistake is told here, once, and not by every process
     options = Options(**values)
-    machines = options.num_machines or int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
-    chosen = plan(options, program, os.environ, lambda: probe(config, machines))
+    chosen = plan(options, program, os.environ, lambda machines: probe(config, machines, options.num_processes))
     cores = own_cores()
     if options.dry_run:
         show("\n".join(chosen.lines(os.environ, cores)))
         return 0
+    if cores < chosen.processes_here:
+        more = "give the job more (sbatch --cpus-per-task or --exclusive)" if "SLURM_JOB_ID" in os.environ else ""
+        say(f"qa-dist launch: note: {cores} cores for {chosen.processes_here} processes; {more or 'it will be slow'}")
     if chosen.machines.count > 1:
         place = f"{socket.gethostname()} is machine {chosen.machines.rank} of {chosen.machines.count}"
         say(f"qa-dist launch: {place}; machine 0 is {chosen.machines.main_ip}, port {chosen.machines.main_port}")
-    code = supervise(
+    outcome = supervise(
         chosen.arguments(), chosen.environment(os.environ, cores), lambda text: say(f"qa-dist launch: {text}")
     )
     if chosen.machines.count > 1 and "SLURM_STEP_ID" in os.environ:
-        return _in_step(code)
-    return code
+        return _in_step(outcome)
+    return outcome.code
 
 
-def _in_step(code: int) -> int:
-    """Exit code of a task of several in a SLURM job step, where srun kills the other tasks once one has failed: they
-    are to end by themselves where that is not what has happened. The run's status.json tells how it ended."""
-    if code > 128 or code == TIME_IS_UP:
+def _in_step(outcome: Outcome) -> int:
+    """Exit code of a task of several in a SLURM job step. srun kills the other tasks once one has failed; a stop, of
+    which all are to come to the end, is no failure to it. The run's status.json tells the exit code."""
+    if outcome.in_order and (outcome.code > 128 or outcome.code == TIME_IS_UP):
         return 0
-    if code:
-        time.sleep(STEP_SECONDS)
-    return code
+    if outcome.code:
+        time.sleep(PATIENCE_SECONDS)
+    return outcome.code
 
 
 def _parse(args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

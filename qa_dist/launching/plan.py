@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from qa_dist.errors import UserError
+from qa_dist.errors import TrainingError, UserError
 from qa_dist.launch_directory import EXPECTED_WORLD
 from qa_dist.launching.probe import Probe
 
@@ -112,12 +112,18 @@ class Plan:
         return [f"{prefix} {shlex.join(self.arguments(rank))}" for rank in range(self.machines.count)]
 
 
-def plan(options: Options, program: Sequence[str], environ: Mapping[str, str], look: Callable[[], Probe]) -> Plan:
-    """`look` finds out what GPUs there are; it is asked where that matters. Raises `UserError`."""
+def plan(options: Options, program: Sequence[str], environ: Mapping[str, str], look: Callable[[int], Probe]) -> Plan:
+    """`look` finds out what GPUs each of so many machines has; it is asked where that matters. Raises `UserError`."""
     machines = _machines(options, environ)
     is_named = options.config_file not in (None, "auto")
     path = launch_config(options.config_file) if is_named else None
-    found = Probe() if path is not None and read_launch_config(path).get("use_cpu") else look()
+    found = Probe() if path is not None and read_launch_config(path).get("use_cpu") else look(machines.count)
+    given = environ.get("SLURM_GPUS_ON_NODE") or environ.get("SLURM_STEP_GPUS")
+    if path is None and not found.devices and given:
+        raise TrainingError(
+            f"SLURM has given this node {given} GPUs, and PyTorch finds none (see nvidia-smi and `qa-dist doctor`). To "
+            "train on the CPU name a launch config: cpu_ddp, cpu_zero2"
+        )
     path = path or launch_config(found.engine)
     content = read_launch_config(path)
     use_cpu = bool(content.get("use_cpu"))
@@ -149,6 +155,11 @@ def launch_config(name: str | None) -> Path:
     """The file that `name` is, or is short for. Raises `UserError`."""
     path = Path(name or "")
     found = path if path.suffix in (".yaml", ".yml", ".json") or path.is_file() else CONFIGS / f"{name}.yaml"
+    if not found.is_file() and not CONFIGS.is_dir():
+        raise UserError(
+            f"--config_file: {name}: there is no such launch config, and those of the project are not installed with "
+            "the package; name a file, or install from a clone (pip install --editable)"
+        )
     if not found.is_file():
         known = ", ".join(sorted(one.stem for one in CONFIGS.glob("*.yaml")))
         raise UserError(f"--config_file: {name}: there is no such launch config; name a file, or one of: {known}")
@@ -170,8 +181,8 @@ def _machines(options: Options, environ: Mapping[str, str]) -> Machines:
     """As the options say, else as the SLURM job step that this process is a task of, else this machine alone."""
     in_step = "SLURM_STEP_ID" in environ and "SLURM_NODEID" in environ and "SLURM_STEP_NUM_NODES" in environ
     of_slurm = in_step and options.num_machines is None
-    count = int(environ["SLURM_STEP_NUM_NODES"]) if of_slurm else options.num_machines or 1
-    if of_slurm and count > 1 and int(environ.get("SLURM_STEP_NUM_TASKS", count)) != count:
+    count = _number(environ, "SLURM_STEP_NUM_NODES") if of_slurm else options.num_machines or 1
+    if of_slurm and count > 1 and _number(environ, "SLURM_STEP_NUM_TASKS") not in (0, count):
         raise UserError(
             f"srun has started {environ['SLURM_STEP_NUM_TASKS']} tasks on {count} nodes; one on each is needed, which "
             "starts a process for every GPU (--ntasks-per-node=1)"
@@ -182,7 +193,7 @@ def _machines(options: Options, environ: Mapping[str, str]) -> Machines:
         return Machines(main_port=options.main_process_port or 0)
     rank = options.machine_rank
     if rank is None and of_slurm:
-        rank = int(environ["SLURM_NODEID"])
+        rank = _number(environ, "SLURM_NODEID")
     if rank is None and options.dry_run:
         rank = 0
     if rank is None:
@@ -190,7 +201,7 @@ def _machines(options: Options, environ: Mapping[str, str]) -> Machines:
     if not 0 <= rank < count:
         raise UserError(f"--machine_rank: {rank} is not the number of one of {count} machines (they count from 0)")
     ip = options.main_process_ip or environ.get("MASTER_ADDR") or (_first_node(environ) if of_slurm else "")
-    port = options.main_process_port or int(environ.get("MASTER_PORT") or 0) or (port_of(environ) if of_slurm else 0)
+    port = options.main_process_port or _number(environ, "MASTER_PORT") or (port_of(environ) if of_slurm else 0)
     if options.dry_run:
         ip, port = ip or "HOST_OF_MACHINE_0", port or FIRST_PORT
     if not ip or not port:
@@ -199,6 +210,14 @@ def _machines(options: Options, environ: Mapping[str, str]) -> Machines:
             "free there, the same on all machines"
         )
     return Machines(count, rank, ip, port)
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    """That of an environment variable; 0 where there is none."""
+    value = environ.get(name) or "0"
+    if not value.isdigit():
+        raise UserError(f"{name}: {value!r} (in the environment) is not a number")
+    return int(value)
 
 
 def port_of(environ: Mapping[str, str]) -> int:

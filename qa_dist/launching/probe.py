@@ -13,6 +13,8 @@ from qa_dist.config import RunConfig
 from qa_dist.errors import UserError
 
 CPU_ENGINE = "cpu_ddp"
+SECONDS = 300
+"""How long to wait: a Hub that does not answer is asked for the model's config."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,20 @@ class Probe:
     """The launch config in configs/accelerate under which the model fits."""
 
 
-def probe(config: RunConfig, machines: int) -> Probe:
-    """Look at this machine, one of `machines` alike. Raises `UserError`."""
-    command = [sys.executable, "-m", "qa_dist.launching.probe", str(machines)]
-    done = subprocess.run(command, input=config.model_dump_json(), stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise UserError(f"the GPUs of this machine could not be looked at (exit code {done.returncode}): see above")
-    return Probe(**json.loads(done.stdout.splitlines()[-1]))
+def probe(config: RunConfig, machines: int, processes: int | None) -> Probe:
+    """Look at this machine, one of `machines` alike, for a run of `processes` (None: one for each GPU). Raises
+    `UserError`."""
+    command = [sys.executable, "-m", "qa_dist.launching.probe", str(machines), str(processes or 0)]
+    try:
+        done = subprocess.run(
+            command, input=config.model_dump_json(), stdout=subprocess.PIPE, text=True, timeout=SECONDS
+        )
+        values = json.loads(done.stdout.splitlines()[-1])
+    except (subprocess.TimeoutExpired, ValueError, IndexError):
+        raise UserError("the GPUs of this machine could not be looked at: see above, and `qa-dist doctor`") from None
+    if problem := values.get("problem"):
+        raise UserError(problem)
+    return Probe(**values)
 
 
 def main() -> None:
@@ -42,13 +51,18 @@ def main() -> None:
     from qa_dist import doctor
 
     config = RunConfig.model_validate_json(sys.stdin.read())
-    machines = int(sys.argv[1])
-    found = Probe()
-    if torch.accelerator.is_available():
-        devices = torch.accelerator.device_count()
-        no_bf16 = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
-        found = Probe(devices, no_bf16, doctor.fitting_engine(config, devices * machines, machines))
-    sys.stdout.write(json.dumps(asdict(found)) + "\n")
+    machines, processes = int(sys.argv[1]), int(sys.argv[2])
+    values = asdict(Probe())
+    if torch.cuda.is_available():
+        devices = torch.cuda.device_count()
+        try:
+            engine = doctor.fitting_engine(config, processes or devices * machines, machines)
+            values = asdict(Probe(devices, not torch.cuda.is_bf16_supported(including_emulation=False), engine))
+        except UserError as error:  # on one machine of several it must not end in another engine than theirs
+            values = {"problem": f"{error}. Or name a launch config: --config_file"}
+    elif torch.accelerator.is_available() and not torch.backends.mps.is_available():
+        values = asdict(Probe(torch.accelerator.device_count(), False, "ddp"))
+    sys.stdout.write(json.dumps(values) + "\n")
 
 
 if __name__ == "__main__":

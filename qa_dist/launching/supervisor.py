@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
+
+import psutil
 
 from qa_dist.errors import listing
-from qa_dist.launch_directory import LAUNCHER, VARIABLE, Exit, LaunchDirectory, Note, is_running
-from qa_dist.launching.agent import STOP_SIGNALS
+from qa_dist.launch_directory import ECHO_SECONDS, STOP_SIGNALS, Exit, LaunchDirectory, Note
 
-ECHO_SECONDS = 5.0
-"""Signals this soon after the first are the same request again: batch systems send several."""
 POLL_SECONDS = 0.2
 ORPHAN_SECONDS = 40.0
 """How long processes whose launcher underneath is gone have to end with a checkpoint."""
@@ -29,106 +29,144 @@ AT_ONCE_SECONDS = 5.0
 """How long after a second signal."""
 
 
-def supervise(arguments: Sequence[str], environment: Mapping[str, str], say: Callable[[str], object]) -> int:
-    """Run `accelerate launch` with `arguments` until all its processes have ended. Returns the exit code: theirs.
+class Outcome(NamedTuple):
+    """How a launch has ended."""
+
+    code: int
+    """Exit code: that of the processes."""
+    in_order: bool
+    """Whether all of them have come to their end by themselves, done or stopped."""
+    lines: list[str]
+    """For people, the cause last."""
+
+
+def supervise(arguments: Sequence[str], environment: Mapping[str, str], say: Callable[[str], object]) -> Outcome:
+    """Run `accelerate launch` with `arguments` until all its processes have ended.
 
     A signal asks them to stop: they end after the step they are in, with a checkpoint. A second one, after
     `ECHO_SECONDS`, ends them at once.
     """
     path = Path(tempfile.mkdtemp(prefix="qa_dist_launch_"))
-    directory = LaunchDirectory(path)
-    own = {VARIABLE: str(path), LAUNCHER: str(os.getpid())}
-    command = [sys.executable, "-m", "qa_dist.launching.agent", *arguments]
     try:
-        with _Signals(directory) as signals:
-            # In a session of its own, so that Ctrl-C reaches this process alone.
-            agent = subprocess.Popen(command, env={**os.environ, **environment, **own}, start_new_session=True)
-            try:
-                gone = _watch(agent, directory, signals, say)
-            finally:
-                _kill(agent, directory)
-        exits, problem = directory.exits()
-        lines, code = account(directory.notes(), exits, gone, problem, agent.returncode, signals.first)
-        for line in lines:
-            say(line)
-        return code
+        with _Supervisor(arguments, environment, LaunchDirectory(path), say) as supervisor:
+            supervisor.watch()
+        outcome = supervisor.outcome()
     finally:
         shutil.rmtree(path, ignore_errors=True)
+    for line in outcome.lines:
+        say(line)
+    return outcome
 
 
-class _Signals:
-    """The first signal that asked for a stop, which is passed on, and whether there was a later one."""
+class _Supervisor:
+    """Of one launch: its processes run inside `with`, and none is left behind."""
 
-    first = 0
-    again = False
-    _at = 0.0
-
-    def __init__(self, directory: LaunchDirectory):
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        directory: LaunchDirectory,
+        say: Callable[[str], object],
+    ):
+        self.command = [sys.executable, "-m", "qa_dist.launching.agent", *arguments]
+        self.environment = {**os.environ, **environment, **directory.environment()}
         self.directory = directory
+        self.say = say
+        self.notes: dict[int, Note] = {}
+        """By rank; kept here too, since people clean /tmp."""
+        self.gone: dict[int, float] = {}
+        """Ranks that have ended without a word, and when that was seen."""
+        self.asked = 0
+        """The first signal that asked for a stop."""
+        self.asked_again = False
+        self._asked_at = 0.0
 
-    def __enter__(self) -> "_Signals":
-        self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+    def __enter__(self) -> "_Supervisor":
+        # nohup has a process ignore SIGHUP, and means it
+        listened = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._on_signal) for number in listened}
+        # In a session of its own, so that Ctrl-C reaches this process alone.
+        self.agent = subprocess.Popen(self.command, env=self.environment, start_new_session=True)
+        if self.asked:
+            self._send(self.asked)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._kill()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if not self.first:
-            self.first, self._at = number, time.monotonic()
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self.asked:
+            self.asked, self._asked_at = number, time.monotonic()
             self.directory.ask_to_stop(number)  # for those that do not listen to signals yet
-            _send(number, self.directory)
-        elif time.monotonic() - self._at > ECHO_SECONDS:
-            self.again = True
+            if hasattr(self, "agent"):
+                self._send(number)
+        elif time.monotonic() - self._asked_at > ECHO_SECONDS:
+            self.asked_again = True
 
+    def watch(self) -> None:
+        """Return when the launcher underneath and all its processes have ended, or have to be killed."""
+        told = False
+        deadline = math.inf
+        while self.agent.poll() is None or self._running():
+            self._look()
+            if self.asked and not told:
+                told = True
+                name = signal.Signals(self.asked).name
+                self.say(f"{name}: stopping after the step that is being done, with a checkpoint")
+            if self.asked_again and deadline == math.inf:
+                self.say("stopping at once")
+                self._send(signal.SIGTERM)
+                deadline = time.monotonic() + AT_ONCE_SECONDS
+            if self.agent.returncode is not None and deadline == math.inf:
+                # Killed, or at its end a moment before the processes. They are not left to train unwatched.
+                self.directory.ask_to_stop(self.asked or signal.SIGTERM)
+                self._send(self.asked or signal.SIGTERM)
+                deadline = time.monotonic() + ORPHAN_SECONDS
+            if time.monotonic() > deadline:
+                break
+            time.sleep(POLL_SECONDS)
+        self._look()
 
-def _watch(
-    agent: "subprocess.Popen[bytes]", directory: LaunchDirectory, signals: _Signals, say: Callable[[str], object]
-) -> dict[int, float]:
-    """Return when the launcher underneath and all its processes have ended, or have to be killed: with the ranks that
-    have ended without a word, and when that was seen."""
-    gone: dict[int, float] = {}
-    asked = False
-    deadline = float("inf")
-    while agent.poll() is None or _running(directory):
-        for note in directory.notes():
-            if note.code is None and not is_running(note.pid):
-                gone.setdefault(note.rank, time.time())
-        if signals.first and not asked:
-            asked = True
-            say(f"{signal.Signals(signals.first).name}: stopping after the step that is being done, with a checkpoint")
-        if signals.again and deadline == float("inf"):
-            say("stopping at once")
-            _send(signal.SIGTERM, directory)
-            deadline = time.monotonic() + AT_ONCE_SECONDS
-        if agent.returncode is not None and deadline == float("inf"):
-            # Killed, or at its end a moment before the processes. They are not left to train unwatched.
-            directory.ask_to_stop(signals.first or signal.SIGTERM)
-            deadline = time.monotonic() + ORPHAN_SECONDS
-        if time.monotonic() > deadline:
-            break
-        time.sleep(POLL_SECONDS)
-    return gone
+    def _look(self) -> None:
+        self._read_notes()
+        for note in self.notes.values():
+            if note.code is None and not note.is_running:
+                self.gone.setdefault(note.rank, time.time())
 
+    def _read_notes(self) -> None:
+        self.notes = self.notes | {note.rank: note for note in self.directory.notes()}  # anew: a signal may come in
 
-def _running(directory: LaunchDirectory) -> list[Note]:
-    return [note for note in directory.notes() if is_running(note.pid)]
+    def _running(self) -> list[Note]:
+        """Those that have not said that they end, and are there."""
+        return [note for note in self.notes.values() if note.code is None and note.is_running]
 
+    def _send(self, number: int) -> None:
+        """A signal to the processes: they listen to it as soon as there is a run to be stopped."""
+        self._look()
+        for note in self._running():
+            with contextlib.suppress(OSError):
+                os.kill(note.pid, number)
 
-def _send(number: int, directory: LaunchDirectory) -> None:
-    for note in _running(directory):
-        with contextlib.suppress(OSError):
-            os.kill(note.pid, number)
+    def _kill(self) -> None:
+        """Leave nothing behind: neither processes, nor what they have started."""
+        self._look()
+        found: set[psutil.Process] = set()
+        for pid in (self.agent.pid, *(note.pid for note in self._running())):
+            with contextlib.suppress(psutil.Error):
+                root = psutil.Process(pid)
+                found |= {root, *root.children(recursive=True)}
+        for process in found:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        self.agent.wait()
 
-
-def _kill(agent: "subprocess.Popen[bytes]", directory: LaunchDirectory) -> None:
-    """Leave nothing behind."""
-    _send(signal.SIGKILL, directory)
-    if agent.poll() is None:
-        with contextlib.suppress(OSError):
-            os.killpg(agent.pid, signal.SIGKILL)
-    agent.wait()
+    def outcome(self) -> Outcome:
+        self._read_notes()
+        exits, problem = self.directory.exits()
+        notes = sorted(self.notes.values(), key=lambda note: note.rank)
+        return account(notes, exits, self.gone, problem, self.agent.returncode, self.asked)
 
 
 def account(
@@ -138,8 +176,8 @@ def account(
     problem: str,
     agent_code: int,
     stop_signal: int,
-) -> tuple[list[str], int]:
-    """How a launch has ended: lines for people, the cause last, and the exit code.
+) -> Outcome:
+    """How a launch has ended.
 
     `agent_code`: of the launcher underneath, which says `exits` and `problem`. `gone`: rank -> when it was seen to have
     ended without a word.
@@ -157,19 +195,20 @@ def account(
     lines += [f"{_ranks([note.rank for note in group])}: {text}" for text, group in _grouped(reversed(spoken))]
     lines += [f"{_ranks([rank])} {_how(codes.get(rank))}" for rank in died]
     lines += [f"{_ranks([one.rank])} {_how(one.code)}" for one in exits if one.rank not in begun]
-    if agent_code < 0 and not spoken and not died:
+    if agent_code < 0 and not died:
         lines.append(f"the launcher of the processes was killed by {_signal(-agent_code)}")
     elif agent_code and not lines:
         lines.append(f"nothing was started: {problem or f'accelerate launch has ended with {agent_code}'}")
+    in_order = not died and not cut_off and all(note.code != 1 for note in spoken)
     if died:
         code = 1
     elif spoken:
         code = spoken[0].code or 1
     elif agent_code or cut_off:
-        code = 128 + stop_signal if stop_signal else 1
+        code, in_order = 128 + stop_signal if stop_signal else 1, False
     else:
         code = 0
-    return [f"[{host}] {line}" for line in lines], code
+    return Outcome(code, in_order, [f"[{host}] {line}" for line in lines])
 
 
 def _grouped(notes: "Iterator[Note]") -> list[tuple[str, list[Note]]]:

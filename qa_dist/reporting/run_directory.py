@@ -1,6 +1,7 @@
 """The run directory: what a run leaves for people and scripts, and how it ended."""
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from qa_dist.errors import NotPushedError, UserError
 from qa_dist.launch_directory import is_running
@@ -19,6 +20,10 @@ from qa_dist.reporting.environment import environment
 METRICS = "metrics.jsonl"
 LIFE_SECONDS = 5.0
 """How often status.json says that the run goes on, and how far it is."""
+LOCK = ".lock"
+LOST_SECONDS, LEAVING_SECONDS = 150.0, 20.0
+"""How long a lock is waited for: one of a machine that has vanished (file servers keep those for 90 seconds), or of a
+process that is about to end."""
 WATCHED_HERE, WATCHED_ELSEWHERE = 13.0, 75.0
 """How long a run that may have been killed is watched for that; network file systems show news late."""
 State = Literal["running", "completed", "stopped", "failed"]
@@ -67,19 +72,84 @@ def _has_trained(path: Path) -> bool:
 
 
 def require_ended(path: Path, say: Callable[[str], object]) -> None:
-    """Raise `UserError` if the run in `path` is still going on. To find out, its sign of life is watched for a while;
-    `say` is told so."""
+    """Raise `UserError` if the run in `path` is still going on."""
+    claim(path, say, create=False).close()
+
+
+class Claim(NamedTuple):
+    """That no other process has the run directory, for as long as this is open."""
+
+    descriptor: int | None
+    """Of a lock, which the kernel gives back when the process ends; None where the file system has none."""
+
+    def close(self) -> None:
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+
+
+def claim(path: Path, say: Callable[[str], object], *, create: bool = True) -> Claim:
+    """Make `path` this process's own. Raises `UserError` if another run is going on there.
+
+    An earlier attempt of the same batch job, which its batch system has given up, is asked to stop, and waited for.
+    `say` is told what takes time.
+    """
+    if not create and not path.is_dir():
+        return Claim(None)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise UserError(f"run.output_dir: {path} cannot be written: {error.strerror}") from None
+    end: float | None = None
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return Claim(descriptor)
+        except BlockingIOError:
+            pass
+        except OSError:  # a file system without locks
+            os.close(descriptor)
+            _require_no_life(path, say)
+            return Claim(None)
+        status = read_status(path)
+        if end is None:
+            seconds = _patience(path, status)
+            end = time.monotonic() + seconds
+            if seconds:
+                say(f"{path}: waiting up to {seconds:.0f} s for {_owner(status)} to end")
+        if time.monotonic() >= end:
+            os.close(descriptor)
+            raise UserError(f"run.output_dir: the run in {path} is still going on ({_owner(status)})")
+        time.sleep(0.5)
+
+
+def _patience(path: Path, status: Mapping[str, Any]) -> float:
+    """How long the lock may be held on by what is no longer meant to run."""
+    if _is_earlier_attempt(status):
+        with contextlib.suppress(OSError):
+            (path / stop_name(os.environ["SLURM_JOB_ID"], str(status.get("attempt")))).write_text("TERM")
+        return LOST_SECONDS
+    elsewhere = status.get("host") != socket.gethostname()
+    ended = status.get("state") != "running"  # and about to leave
+    return LOST_SECONDS if elsewhere else LEAVING_SECONDS if ended else 0.0
+
+
+def _is_earlier_attempt(status: Mapping[str, Any]) -> bool:
+    return status.get("job") == _job() is not None and status.get("attempt") != _attempt()
+
+
+def _owner(status: Mapping[str, Any]) -> str:
+    host, job = status.get("host"), status.get("job")
+    return f"process {status.get('pid')} on {host}" + (f", job {job}" if job else "")
+
+
+def _require_no_life(path: Path, say: Callable[[str], object]) -> None:
+    """The same by the status's signs of life, where there are no locks."""
     status = read_status(path)
     if status.get("state") != "running" or status.get("pid") == os.getpid() or _is_gone(status):
         return
-    if status.get("job") is not None and status.get("job") == _job():
-        return  # an earlier attempt of the same job, and a batch system runs one at a time
-    here = status.get("host") == socket.gethostname()
-    seconds = WATCHED_HERE if here else WATCHED_ELSEWHERE
-    who = f"process {status.get('pid')}" if here else f"process {status.get('pid')} on {status.get('host')}"
-    say(
-        f"{path}: a run there ({who}) has not said that it has ended; seeing for {seconds:.0f} s whether it still lives"
-    )
+    seconds = WATCHED_HERE if status.get("host") == socket.gethostname() else WATCHED_ELSEWHERE
+    say(f"{path}: {_owner(status)} has not said that it has ended; seeing for {seconds:.0f} s whether it still lives")
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         time.sleep(1)
@@ -87,13 +157,23 @@ def require_ended(path: Path, say: Callable[[str], object]) -> None:
         if now.get("state") != "running":
             return
         if now.get("updated") != status.get("updated"):
-            raise UserError(f"run.output_dir: the run in {path} is still going on ({who})")
+            raise UserError(f"run.output_dir: the run in {path} is still going on ({_owner(status)})")
 
 
 def _job() -> str | None:
     """The batch job that this process is part of."""
     number = os.environ.get("SLURM_JOB_ID")
     return f"SLURM {number}" if number else None
+
+
+def stop_name(job: str, attempt: str) -> str:
+    """Of the file that asks an attempt of a batch job to stop; one named `stop` asks whichever run there is."""
+    return f"stop-{job}.{attempt}"
+
+
+def _attempt() -> str:
+    """Which one of that job."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0")
 
 
 def read_status(path: Path) -> dict[str, Any]:
@@ -126,6 +206,8 @@ class RunDirectory:
         """How its pushes have gone; part of the status."""
         self._launch = ""
         self._lock = threading.Lock()
+        self._claim: Claim | None = None
+        self._is_open = False
         self._has_ended = False
 
     @property
@@ -133,6 +215,17 @@ class RunDirectory:
         """Size of metrics.jsonl; 0 on all but the main process."""
         path = self.path / "metrics.jsonl"
         return path.stat().st_size if self.is_main and path.is_file() else 0
+
+    def claim(self, say: Callable[[str], object]) -> None:
+        """See to it that no other run writes here until `close`. Raises `UserError`."""
+        if self.is_main:
+            self._claim = claim(self.path, say)
+
+    def close(self) -> None:
+        """Let others have the directory."""
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
 
     def open(self, config_yaml: str, launch: str, *, is_own: bool = False, goes_on: bool = False) -> None:
         """Make the directory, write the config, and say that the run is running, and how it was launched.
@@ -146,6 +239,7 @@ class RunDirectory:
         if not is_own:
             require_free(self.path)
         self._launch = launch
+        self._is_open = True
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if not goes_on:
@@ -215,14 +309,15 @@ class RunDirectory:
 
     def _end(self, state: State, reason: str, exit_code: int) -> None:
         # a disk that is full for this too: the error that ends the run is the one to be told
-        with contextlib.suppress(OSError):
-            self._status(state, reason, exit_code)
+        if self._is_open:
+            with contextlib.suppress(OSError):
+                self._status(state, reason, exit_code)
 
     def _status(self, state: State, reason: str, exit_code: int | None) -> None:
         content = {"state": state, "reason": reason, "step": self.step, "exit_code": exit_code, "updated": time.time()}
         own = {"launch": self._launch, "host": socket.gethostname(), "pid": os.getpid(), "run": self.id}
         if job := _job():  # which attempt of it this is, its batch script wants to know
-            own |= {"job": job, "attempt": os.environ.get("SLURM_RESTART_COUNT", "0")}
+            own |= {"job": job, "attempt": _attempt()}
         with self._lock:
             if not self._has_ended:
                 self._has_ended = exit_code is not None

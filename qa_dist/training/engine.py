@@ -5,8 +5,10 @@ update, and collectives.
 """
 
 import contextlib
+import errno
 import io
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -28,8 +30,9 @@ from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateIm
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from qa_dist.config import RunConfig
-from qa_dist.errors import UserError
+from qa_dist.errors import NotPushedError, TrainingError, UserError
 from qa_dist.tasks.task import Batch
+from qa_dist.training.extension_lock import use_kernel_locks
 from qa_dist.training.launch_environment import LaunchEnvironment
 from qa_dist.training.strategies import NO_CLIPPING, DataParallel, Strategy, strategy_for
 from qa_dist.training.varlen import obstacle, packed, run_model, switch_on
@@ -55,6 +58,10 @@ COMPILED_SHAPES = 64
 """Most shapes that a model is compiled for; beyond them PyTorch would go on uncompiled, without a word."""
 
 
+PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EAGAIN}
+"""Errors of files that are no mistake of the user's: a disk of the network that was away."""
+
+
 class Engine:
     """One process's part in a run.
 
@@ -70,16 +77,19 @@ class Engine:
     multiple = 8
     """Lengths of batches are padded to multiples of this: tensor cores work in tiles of 8."""
 
-    def __init__(self, launch: LaunchEnvironment, timeout_minutes: float, step_timeout_minutes: float = 10.0):
+    def __init__(self, launch: LaunchEnvironment, timeout_minutes: float, watchdog: Watchdog | None = None):
         """Join the process group. Raises `UserError` when fewer processes found each other than were started, or
-        the launch config names an engine that is not supported."""
+        the launch config names an engine that is not supported. `watchdog`: one that is watching already."""
         _quieten()
+        use_kernel_locks()
+        self.watchdog = watchdog or Watchdog(launch.rank, launch.world_size, math.inf, math.inf)
+        self.watchdog.joining()
         # Without a backend named, Accelerate chooses none for DeepSpeed on a machine without accelerators, and
         # every process takes itself for the only one. cpu=True would switch DeepSpeed off.
         deepspeed_on_cpu = launch.on_cpu and launch.use_deepspeed
-        group = InitProcessGroupKwargs(
-            backend="gloo" if deepspeed_on_cpu else None, timeout=timedelta(minutes=timeout_minutes)
-        )
+        # The watchdog is to be the first to speak.
+        timeout = timedelta(minutes=timeout_minutes + 2)
+        group = InitProcessGroupKwargs(backend="gloo" if deepspeed_on_cpu else None, timeout=timeout)
         # Told of FSDP, Accelerate would use its own on GPUs, and on CPUs let every process train apart.
         os.environ.pop("ACCELERATE_USE_FSDP", None)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints that it has built an extension
@@ -94,9 +104,11 @@ class Engine:
         self._check_world(launch)
         self.is_local_main: bool = self.accelerator.is_local_main_process
         # For threads that talk while the training thread does: over connections of their own.
-        self._background = dist.new_group(backend="gloo") if self.world_size > 1 else None
+        self._background = dist.new_group(backend="gloo", timeout=timeout) if self.world_size > 1 else None
         self.store = self._shared_store()
-        self.watchdog = Watchdog(self.rank, self.world_size, 60 * timeout_minutes, 60 * step_timeout_minutes)
+        if self.store is not None:
+            self.watchdog.talk_through(self.store)
+        self.watchdog.phase("the start")
         self.strategy = strategy_for(self.accelerator, launch.use_fsdp)
 
     def _shared_store(self) -> Store | None:
@@ -106,8 +118,10 @@ class Engine:
         host = os.environ["MASTER_ADDR"]
         timeout = timedelta(seconds=60)
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout) if self.is_main else None
-        port = self.broadcast(store.port if store else 0)
-        return store or TCPStore(host, port, is_master=False, timeout=timeout)
+        # Over gloo: the first collective on GPUs is where a wrong network interface shows, and that is to be watched.
+        port: list[Any] = [store.port if store else 0]
+        dist.broadcast_object_list(port, group=self._background)  # pyright: ignore[reportArgumentType]
+        return store or TCPStore(host, port[0], is_master=False, timeout=timeout)
 
     def _check_world(self, launch: LaunchEnvironment) -> None:
         kind = self.accelerator.distributed_type
@@ -256,7 +270,7 @@ class Engine:
         if len(set(values)) > 1:
             raise UserError(
                 f"{what} differ between processes: the nodes do not see the same files, or not the same versions "
-                "of the packages"
+                "of the packages, or were started in different ways"
             )
 
     def local_main_first(self, function: Callable[[], Result]) -> Result:
@@ -281,17 +295,20 @@ class Engine:
         if function is not None:
             try:
                 result = function()
-            except OSError as raised:  # a full disk, a directory that is gone
-                error = UserError(f"{raised.filename or 'a file'}: {raised.strerror or raised}")
+            except OSError as raised:  # a full disk, a directory that is gone; or a disk that may be back tomorrow
+                kind = TrainingError if raised.errno in PASSING else UserError
+                error = kind(f"{raised.filename or 'a file'}: {raised.strerror or raised}")
             except Exception as raised:
                 error = raised
             if error is not None:
-                message = str(error) if isinstance(error, UserError) else f"process {self.rank} failed: {error!r}"
+                told = isinstance(error, UserError)
+                code = error.exit_code if told else TrainingError.exit_code
+                message = (str(error) if told else f"process {self.rank} failed: {error!r}", code)
         messages = self.gather(message)
         if error is not None:
             raise error
-        if found := [text for text in messages if text]:
-            raise UserError(found[0])
+        for text, code in filter(None, messages):
+            raise next(kind for kind in (UserError, TrainingError, NotPushedError) if kind.exit_code == code)(text)
         return result
 
     def close(self) -> None:

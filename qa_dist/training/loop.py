@@ -98,6 +98,8 @@ class Training:
         self.checkpointer = Checkpointer(self.config, self.engine, self.run, self.task, self.data_digest, published)
         self.has_model = False
         """Whether model/ here is the exported one: a run that goes on elsewhere has left it where it was."""
+        self.is_warm = False
+        """Whether a step has been done, so that connections are made, and kernels chosen or compiled."""
         self.pushed_model: Pointer | None = None
         """What the Hub had of the model when the run went on in place."""
         self.tracker.background = lambda: self.publisher.status
@@ -239,14 +241,13 @@ class Training:
         batches = self._plan(progress.epoch)
         left = batches[progress.batches_done :]
         started = time.perf_counter()
-        first_step = progress.step  # in which kernels are chosen or compiled, and connections made
-        self.engine.watchdog.phase(f"step {first_step + 1}")
         for batch, collated, waited in made_ahead(left, self.step.collate):
             rate = learning_rate(progress.step, self.total_steps, self.config.train)
-            if progress.step > first_step:
-                self.engine.watchdog.step(f"step {progress.step + 1}")
+            watch = self.engine.watchdog.step if self.is_warm else self.engine.watchdog.phase
+            watch(f"step {progress.step + 1}")
             is_due = self.engine.is_main and self.checkpointer.is_due_by_the_clock()
             result = self.step.run(progress.step, rate, batch, collated, is_due)
+            self.is_warm = True
             self._count(result, batch, time.perf_counter() - started, waited)
             if progress.step % self.config.run.log_every == 0 or progress.step == self.total_steps:
                 self._log(progress.epoch - 1 + progress.batches_done / len(batches), rate, result)

@@ -1,6 +1,7 @@
 """Requests to stop (signals, a stop file, the end of the time there is), on which all ranks act at the same point."""
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -15,15 +16,13 @@ import torch
 
 from qa_dist.config import RunConfig
 from qa_dist.errors import TIME_IS_UP
-from qa_dist.launch_directory import LaunchDirectory
-from qa_dist.reporting.run_directory import StoppedError
+from qa_dist.launch_directory import ECHO_SECONDS, STOP_SIGNALS, LaunchDirectory
+from qa_dist.reporting.run_directory import StoppedError, stop_name
 from qa_dist.training.engine import Engine
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-ECHO_SECONDS = 5.0
-"""Signals this soon after the first are the same request again: a batch system signals the processes, and their
-launcher passes on the one that it got itself."""
 POLL_SECONDS = 0.1
+STOP_FILE_SECONDS = 0.2
+"""How often the stop file is looked for, which may lie on a disk of the network."""
 
 Request = tuple[str, int]
 """Why to stop, and the exit code."""
@@ -47,8 +46,12 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self, sources: Sequence[Source] = ()) -> Iterator[None]:
-        """Note the first of `SIGNALS` instead of dying of it, and what `sources` say; a later signal stops at once."""
-        previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        """Note the first of `STOP_SIGNALS` instead of dying of it, and what `sources` say; a later signal stops at
+        once."""
+        # A launcher has its processes ignore signals until now; nohup has them ignore SIGHUP, and means it.
+        by_nohup = LaunchDirectory.of_this_process() is None and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        listened = [number for number in STOP_SIGNALS if not (by_nohup and number == signal.SIGHUP)]
+        previous = {number: signal.signal(number, self._note) for number in listened}
         ended = threading.Event()
         watcher = threading.Thread(target=self._look, args=(list(sources), ended), name="stop requests", daemon=True)
         watcher.start()
@@ -56,7 +59,7 @@ class StopRequest:
             yield
         finally:
             ended.set()
-            watcher.join()
+            watcher.join(timeout=2)  # it may hang in a disk of the network
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
@@ -95,9 +98,27 @@ def sources_for(config: RunConfig, is_main: bool) -> list[Source]:
     if directory := LaunchDirectory.of_this_process():
         sources.append(lambda: by_signal(number) if (number := directory.stop_signal()) else None)
     if is_main:
-        sources.append(lambda: stop_file(config.output_dir / "stop"))
+        names = ["stop"]
+        if job := os.environ.get("SLURM_JOB_ID"):
+            names.append(stop_name(job, os.environ.get("SLURM_RESTART_COUNT", "0")))
+        for name in names:
+            sources.append(every(STOP_FILE_SECONDS, lambda path=config.output_dir / name: stop_file(path)))
         sources += [at_time(*limit) for limit in time_limits(config)]
     return sources
+
+
+def every(seconds: float, source: Source) -> Source:
+    """`source`, asked no more often than that."""
+    last = -math.inf
+
+    def asked() -> Request | None:
+        nonlocal last
+        if time.monotonic() - last < seconds:
+            return None
+        last = time.monotonic()
+        return source()
+
+    return asked
 
 
 def stop_file(path: Path) -> Request | None:
@@ -111,7 +132,7 @@ def stop_file(path: Path) -> Request | None:
     number = getattr(signal, f"SIG{name.removeprefix('SIG')}", None)
     return (
         by_signal(number)
-        if number is not None and number in SIGNALS
+        if number is not None and number in STOP_SIGNALS
         else (f"stopped because of the file {path}", 128 + signal.SIGINT)
     )
 
@@ -128,8 +149,8 @@ def time_limits(config: RunConfig) -> list[tuple[float, str]]:
         hours = config.run.max_hours
         limits.append((time.monotonic() + 3600 * hours, f"stopped: run.max_hours ({hours:g}) are up"))
     end = slurm_end_time()
-    if end is not None:
-        left = end - time.time()
+    left = 0.0 if end is None else end - time.time()
+    if left > 0:  # else the clocks differ, or the system has not ended the job
         margin = min(60 * config.run.end_margin_minutes, left / 4)  # a short job is not to end before it has begun
         limits.append((time.monotonic() + left - margin, "stopped: the SLURM job's time limit is near"))
     return limits

@@ -37,6 +37,7 @@ from qa_dist.training.resume import (
     find,
     is_same_run,
 )
+from qa_dist.training.watchdog import Watchdog
 
 
 def train(config: RunConfig, launch: LaunchEnvironment, resume: Resume) -> None:
@@ -117,18 +118,22 @@ def _session(
     config: RunConfig, launch: LaunchEnvironment, resume: Resume, *, trains: bool = False
 ) -> Iterator[_Session]:
     """The processes joined, signals listened to, a run directory that will tell how the run ends, what to resume."""
-    engine = Engine(launch, config.run.timeout_minutes, config.run.step_timeout_minutes)
-    run = RunDirectory(config.output_dir, engine.is_main)
+    run = RunDirectory(config.output_dir, launch.is_main)
     stop = StopRequest()
+    limits = 60 * config.run.timeout_minutes, 60 * config.run.step_timeout_minutes
+    watchdog = Watchdog(launch.rank, launch.world_size, *limits)
 
     def give_up(reason: str) -> None:
         conclude(1, reason)
-        if engine.is_local_main and LaunchDirectory.of_this_process() is None:
+        if launch.local_rank == 0 and LaunchDirectory.of_this_process() is None:
             announce(f"[{socket.gethostname()}] {reason}")
         run.fail(reason)
 
-    watching = engine.watchdog.watching(engine.store, give_up)
-    with stop.listening(sources_for(config, engine.is_main)), watching:
+    listening = stop.listening(sources_for(config, launch.is_main))
+    with contextlib.closing(run), listening, watchdog.watching(give_up):
+        engine = Engine(launch, config.run.timeout_minutes, watchdog)
+        engine.require_same(engine.description, "engine and precision")
+        engine.on_main(lambda: run.claim(announce))
         root = config.output_dir / DIRECTORY
         if resume.is_in_place and engine.is_local_main:
             recover(root)

@@ -1,5 +1,6 @@
 """Runs that are killed, checkpoints that are damaged, and settings that have changed in between."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -10,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -97,15 +97,12 @@ def test_auto_starts_where_there_is_nothing(tmp_path: Path, finished: Path, caps
 
 
 def test_a_run_that_is_still_going_on_is_left_alone(cut_off: Path, capsys):
-    """It shows signs of life; a process of that number that does not is another one's."""
-    status = json.loads((cut_off / "status.json").read_text()) | {"pid": 1, "updated": 1.0}
-    (cut_off / "status.json").write_text(json.dumps(status))
-    later = threading.Timer(2, lambda: (cut_off / "status.json").write_text(json.dumps(status | {"updated": 6.0})))
-    later.start()
-    code, _, message = train(capsys, cut_off, "--resume", "auto")
-    assert code == 2
-    assert "seeing for 13 s whether it still lives" in message
-    assert "is still going on (process 1)" in message
+    """Whoever has the directory's lock is alive, whatever numbers its status names."""
+    with (cut_off / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, _, message = train(capsys, cut_off, "--resume", "auto")
+        assert code == 2
+        assert "is still going on (process 4194305 on" in message
     code, shown, message = train(capsys, cut_off, "--resume", "auto")
     assert code == 0, message
     assert "going on from" in shown
@@ -137,7 +134,8 @@ def test_nothing_of_a_killed_run_is_overwritten_without_asking(cut_off: Path, ca
     assert "go on with it (--resume auto)" in message
     refused = train(capsys, cut_off, "--resume", "auto", "--train.seed", 7)[0]
     assert refused == 2
-    assert {path: path.read_bytes() for path in cut_off.rglob("*") if path.is_file()} == before
+    after = {path: path.read_bytes() for path in cut_off.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert after == before
 
 
 def test_auto_starts_again_where_no_checkpoint_was_finished(cut_off: Path, finished: Path, capsys):

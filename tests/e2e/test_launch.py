@@ -206,18 +206,23 @@ def test_the_launcher_itself_is_killed(started):
     assert checkpoints(run)[-1] == read_status(run)["step"]
 
 
-def test_a_process_that_hangs(started):
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_process_that_hangs(frozen: int, started):
+    """Also that one through which the processes talk."""
     process, run = started("--run.step_timeout_minutes", "0.05", engine="cpu_ddp")
-    ranks(process)[1].suspend()
-    output = end_of(process)
+    ranks(process)[frozen].suspend()
+    output = end_of(process, 90)
     assert process.returncode == 1
     last = output.splitlines()[-1]
     assert "no progress for" in last, output
-    assert "rank 1 did not answer: stopped, or the machine or its network is gone. rank 0 (" in last
-    assert re.search(r"rank 0 \(\S+\) was in \w+, \w+\.py:\d+ \(\w+\)\.$", last)
-    status = read_status(run)
-    assert (status["state"], status["exit_code"]) == ("failed", 1)
-    assert "did not answer" in status["reason"]
+    other = 1 - frozen
+    assert f"rank {frozen} did not answer: stopped, or the machine or its network is gone. rank {other} (" in last
+    assert re.search(rf"rank {other} \(\S+\) was in \w+, \w+\.py:\d+ \(\w+\)\.$", last)
+    assert f"rank {other} was here:\n  File " in output
+    if frozen:
+        status = read_status(run)
+        assert (status["state"], status["exit_code"]) == ("failed", 1)
+        assert "did not answer" in status["reason"]
 
 
 @pytest.mark.parametrize("launched", [True, False])

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=f"SLURM: {missing(
 
 SCRIPT = ROOT / "launch/slurm.sbatch"
 FLAGS = tiny_flags(**{"train.epochs": "20", "checkpoint.every": "25 steps"})
+LONG = tiny_flags(**{"train.epochs": "2000", "checkpoint.every": "25 steps"})
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 RUN = "runs/qa_dist"
 
@@ -169,6 +170,35 @@ def test_a_job_that_fails_goes_on_if_that_is_asked_for(submit, uninterrupted: Pa
     job.wait(lambda: "requeueing" in job.log)
     assert job.ended()["JobState"] == "COMPLETED", job.log
     assert_same(job.run, uninterrupted)
+
+
+def test_two_jobs_do_not_share_a_run_directory(submit):
+    """Those of one name would, by default."""
+    first = submit(*LONG)
+    first.reaches(20)
+    second = submit(*LONG)
+    second.ended()
+    assert first.cluster.job(second.id)["ExitCode"] == "2:0"
+    assert f"is still going on (process {read_status(first.run)['pid']} on " in first.log
+    first.reaches(len(steps(first.run)) + 20)
+
+
+def test_a_job_that_slurm_has_lost_sight_of_gives_way_to_its_next_attempt(submit, cluster: SlurmCluster):
+    """Its node does not answer, but its processes live on; the requeued job must not train beside them."""
+    job = submit(*LONG, flags=["--nodes=1"])
+    job.reaches(60)
+    lost = cluster.job(job.id)["BatchHost"]
+    cluster.kill_daemon(lost)
+    try:
+        job.wait(lambda: re.search(r"waiting up to \d+ s for process \d+ on .* to end", job.node_log(0)), 90)
+        job.wait(lambda: read_status(job.run).get("attempt") == "1", 60)
+        done = len(steps(job.run))
+        job.reaches(done + 20)
+        lines = steps(job.run)
+        assert [step for step, _ in lines] == list(range(1, len(lines) + 1))
+    finally:
+        cluster.command("scancel", str(job.id))
+        cluster.start_node(lost)
 
 
 def test_a_job_that_always_fails_does_not_loop(submit, cluster: SlurmCluster):

@@ -1,5 +1,7 @@
 """What is to be started where, and how its end is told: the pure parts of `qa-dist launch`."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ from qa_dist.launch_directory import Exit, LaunchDirectory, Note
 from qa_dist.launching.plan import CONFIGS, Options, plan, port_of
 from qa_dist.launching.probe import Probe
 from qa_dist.launching.supervisor import account
+from qa_dist.training.extension_lock import KernelLock
 from qa_dist.training.preemption import stop_file, time_limits
-from qa_dist.training.watchdog import described, grouped
+from qa_dist.training.watchdog import Place, described, grouped
 
 STEP = {
     "SLURM_JOB_ID": "1234",
@@ -27,7 +30,7 @@ STEP = {
 
 def planned(environ: dict[str, str] | None = None, devices: int = 8, no_bf16: bool = False, **options: Any) -> str:
     found = Probe(devices, no_bf16, "ddp")
-    chosen = plan(Options(**options), ["train", "--x", "a b"], environ or {}, lambda: found)
+    chosen = plan(Options(**options), ["train", "--x", "a b"], environ or {}, lambda machines: found)
     return " ".join(chosen.arguments()).replace(f"{CONFIGS}/", "")
 
 
@@ -98,7 +101,7 @@ def test_attempts_of_a_job_and_jobs_beside_each_other_have_ports_of_their_own():
 
 
 def test_what_the_user_has_set_for_the_processes_stays():
-    chosen = plan(Options(), ["train"], {}, lambda: Probe(4, False, "ddp"))
+    chosen = plan(Options(), ["train"], {}, lambda machines: Probe(4, False, "ddp"))
     assert chosen.environment({}, cores=32)["OMP_NUM_THREADS"] == "8"
     assert "OMP_NUM_THREADS" not in chosen.environment({"OMP_NUM_THREADS": "3"}, cores=32)
 
@@ -107,7 +110,7 @@ def test_what_the_user_has_set_for_the_processes_stays():
 
 
 def note(rank: int, code: int | None = 0, message: str = "", at: float = 0.0) -> Note:
-    return Note(rank, 100 + rank, "h", code, message, at)
+    return Note(rank, 100 + rank, "", "h", code, message, at)
 
 
 @pytest.mark.parametrize(
@@ -148,10 +151,11 @@ def test_the_account_of_a_launch(
     code: int,
     lines: list[str],
 ):
-    found, found_code = account(notes, exits, gone, "port is taken", agent_code, stop_signal)
-    assert found_code == code
-    assert len(found) == len(lines)
-    for line, expected in zip(found, lines, strict=True):
+    outcome = account(notes, exits, gone, "port is taken", agent_code, stop_signal)
+    assert outcome.code == code
+    assert outcome.in_order == (code not in (1,) and not any("had to be" in line for line in outcome.lines))
+    assert len(outcome.lines) == len(lines)
+    for line, expected in zip(outcome.lines, lines, strict=True):
         assert line.partition("] ")[2].startswith(expected)
 
 
@@ -165,9 +169,31 @@ def test_a_launch_directory_that_has_gone_is_no_reason_to_stop(tmp_path: Path):
 # ------------------------------------------------------------------------------------------- hangs and stops
 
 
+def test_the_lock_of_a_compilation_goes_with_its_process(tmp_path: Path):
+    path = str(tmp_path / "lock")
+    program = f"""
+import time
+from qa_dist.training.extension_lock import KernelLock
+print(KernelLock({path!r}).try_acquire(), flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "True\n"
+        lock = KernelLock(path)
+        assert not lock.try_acquire()
+        process.kill()
+        lock.wait()
+        assert lock.try_acquire()
+    again = KernelLock(path)
+    assert not again.try_acquire()
+    lock.release()
+    assert again.try_acquire()
+
+
 def test_those_who_are_elsewhere_than_most_are_named_first():
-    places = {0: ("a", "in all_reduce, step.py:5 (run)"), 1: ("b", "in read, data.py:9 (collate)")}
-    places |= {2: ("a", places[0][1]), 3: ("b", places[0][1])}
+    waiting, reading = "in all_reduce, step.py:5 (run)", "in read, data.py:9 (collate)"
+    places = {0: Place("a", waiting), 1: Place("b", reading), 2: Place("a", waiting), 3: Place("b", waiting)}
     assert described(grouped(places, 6)) == (
         "ranks 4, 5 did not answer: stopped, or the machine or its network is gone. "
         "rank 1 (b) was in read, data.py:9 (collate). "
