@@ -5,14 +5,19 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from qa_dist import __version__, checks
 from qa_dist.config import RunConfig
 from qa_dist.config_sources import Problem, Source, from_flags, from_yaml, leaves, reference, resolve, to_yaml
 from qa_dist.errors import UserError
 from qa_dist.launch_directory import LaunchDirectory, conclude
+
+if TYPE_CHECKING:  # heavy imports wait until they are needed
+    from qa_dist.training.launch_environment import LaunchEnvironment
+    from qa_dist.training.resume import Resume
 
 COMMANDS = {
     "train": "Fine-tune a model and evaluate it after every epoch.",
@@ -150,7 +155,7 @@ def _run(command: str, sources: list[Source], options: dict[str, str | None]) ->
 
     launch = LaunchEnvironment.read()
     launch.announce()
-    from qa_dist.reporting.run_directory import StoppedError, require_free
+    from qa_dist.reporting.run_directory import StoppedError
     from qa_dist.training import session
     from qa_dist.training.export import exported_settings
     from qa_dist.training.resume import Resume
@@ -164,37 +169,16 @@ def _run(command: str, sources: list[Source], options: dict[str, str | None]) ->
     allow_changed = tuple(name for name in (options.get("allow_changed") or "").split(",") if name)
     resume = Resume(options.get("resume") or "none", allow_changed)
 
-    def changes_are_settings(config: RunConfig) -> list[Problem]:
-        return [
-            Problem((name,), f"--allow_changed: there is no setting {name!r}")
-            for name in allow_changed
-            if not any(key == name or key.startswith(f"{name}.") for key, _ in leaves())
-        ]
-
-    def resume_is_possible(config: RunConfig) -> list[Problem]:
-        name = resume.repository[0] if resume.is_from_hub else None
-        if name is not None and not checks.REPO_ID.fullmatch(name):
-            return [Problem((), f"--resume: {name!r} is not the name of a repository; write hub:user/name")]
-        if resume.is_from_hub and name is None and config.hub.repo_id is None:
-            message = "--resume hub: hub.repo_id is not set; set it, or name the repository (--resume hub:user/name)"
-            return [Problem(("hub.repo_id",), message)]
-        return []
-
-    def output_dir_is_free(config: RunConfig) -> list[Problem]:
-        try:
-            if not launch.is_main:  # the others may look when the main process has already begun to write
-                pass
-            elif not resume.is_in_place:  # else whose it is is seen once its checkpoints are known
-                require_free(config.output_dir)
-        except UserError as error:
-            return [Problem(("run.output_dir",), str(error))]
-        return []
-
     if command == "evaluate" and (model := _model_name(sources)):
         trained = Source()
         trained.put("model.config", None, model)  # the config file may be the one that the model was trained with
         sources = [exported_settings(model), *sources, trained]
-    to_check = [launch.problems, output_dir_is_free, changes_are_settings, resume_is_possible]
+    to_check = [
+        launch.problems,
+        partial(_output_dir_is_free, launch, resume),
+        partial(_changes_are_settings, allow_changed),
+        partial(_resume_is_possible, resume),
+    ]
     if command == "train":
         to_check.append(launch.training_problems)
     if not any(problem.keys == () for source in sources for problem in source.problems):
@@ -213,6 +197,37 @@ def _run(command: str, sources: list[Source], options: dict[str, str | None]) ->
             return 0  # the launcher knows; the one underneath would make a failure of it, and end the others
         return stop.exit_code
     return 0
+
+
+def _changes_are_settings(names: Sequence[str], config: RunConfig) -> list[Problem]:
+    return [
+        Problem((name,), f"--allow_changed: there is no setting {name!r}")
+        for name in names
+        if not any(key == name or key.startswith(f"{name}.") for key, _ in leaves())
+    ]
+
+
+def _resume_is_possible(resume: "Resume", config: RunConfig) -> list[Problem]:
+    name = resume.repository[0] if resume.is_from_hub else None
+    if name is not None and not checks.REPO_ID.fullmatch(name):
+        return [Problem((), f"--resume: {name!r} is not the name of a repository; write hub:user/name")]
+    if resume.is_from_hub and name is None and config.hub.repo_id is None:
+        message = "--resume hub: hub.repo_id is not set; set it, or name the repository (--resume hub:user/name)"
+        return [Problem(("hub.repo_id",), message)]
+    return []
+
+
+def _output_dir_is_free(launch: "LaunchEnvironment", resume: "Resume", config: RunConfig) -> list[Problem]:
+    from qa_dist.reporting.run_directory import require_free
+
+    try:
+        # The others may look when the main process has already begun to write. Where a run is to go on, whose the
+        # directory is is seen once its checkpoints are known.
+        if launch.is_main and not resume.is_in_place:
+            require_free(config.output_dir)
+    except UserError as error:
+        return [Problem(("run.output_dir",), str(error))]
+    return []
 
 
 def _prepare(config: RunConfig) -> int:

@@ -95,18 +95,18 @@ def claim(path: Path, say: Callable[[str], object], *, create: bool = True) -> C
     """
     if not create and not path.is_dir():
         return Claim(None)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise UserError(f"run.output_dir: {path} cannot be written: {error.strerror}") from None
     end: float | None = None
     while True:
+        descriptor = _open_lock(path)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return Claim(descriptor)
+            with contextlib.suppress(FileNotFoundError):  # whoever had it has taken it away
+                if os.path.samestat(os.fstat(descriptor), (path / LOCK).stat()):
+                    return Claim(descriptor)
+            os.close(descriptor)
+            continue
         except BlockingIOError:
-            pass
+            os.close(descriptor)
         except OSError:  # a file system without locks
             os.close(descriptor)
             _require_no_life(path, say)
@@ -118,9 +118,16 @@ def claim(path: Path, say: Callable[[str], object], *, create: bool = True) -> C
             if seconds:
                 say(f"{path}: waiting up to {seconds:.0f} s for {_owner(status)} to end")
         if time.monotonic() >= end:
-            os.close(descriptor)
             raise UserError(f"run.output_dir: the run in {path} is still going on ({_owner(status)})")
         time.sleep(0.5)
+
+
+def _open_lock(path: Path) -> int:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        return os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise UserError(f"run.output_dir: {path} cannot be written: {error.strerror}") from None
 
 
 def _patience(path: Path, status: Mapping[str, Any]) -> float:
@@ -222,8 +229,12 @@ class RunDirectory:
             self._claim = claim(self.path, say)
 
     def close(self) -> None:
-        """Let others have the directory."""
+        """Let others have the directory; it goes if nothing came into it."""
         if self._claim is not None:
+            with contextlib.suppress(OSError):
+                if not self._is_open and [entry.name for entry in self.path.iterdir()] == [LOCK]:
+                    (self.path / LOCK).unlink()
+                    self.path.rmdir()
             self._claim.close()
             self._claim = None
 

@@ -130,7 +130,7 @@ def _session(
         run.fail(reason)
 
     listening = stop.listening(sources_for(config, launch.is_main))
-    with contextlib.closing(run), listening, watchdog.watching(give_up):
+    with _explained(), contextlib.closing(run), listening, watchdog.watching(give_up):
         engine = Engine(launch, config.run.timeout_minutes, watchdog)
         engine.require_same(engine.description, "engine and precision")
         engine.on_main(lambda: run.claim(announce))
@@ -161,29 +161,35 @@ def _session(
         engine.on_main(lambda: run.open(to_yaml(config), engine.description, is_own=is_own, goes_on=goes_on))
         if engine.is_local_main:
             tidy(root)
-        with run.recorded():
-            try:
-                yield _Session(engine, run, stop, checkpoint, view, identity, notes)
-            except torch.OutOfMemoryError as error:
-                raise TrainingError(
-                    f"the memory of the GPU does not suffice: {str(error).split('. ')[0]}. Set train.micro_batch_size "
-                    "to auto or lower it, set train.gradient_checkpointing, or divide the model (such as with "
-                    "configs/accelerate/zero2.yaml)"
-                ) from None
-            except (RuntimeError, MemoryError) as error:
-                if is_out_of_memory(error):
-                    raise TrainingError(
-                        f"the memory of this machine does not suffice ({str(error).splitlines()[0][:200]}). Give the "
-                        "job more, start fewer processes on a machine, or lower evaluation.batch_size or "
-                        "train.micro_batch_size"
-                    ) from None
-                if isinstance(error, RuntimeError) and is_lost_connection(error):
-                    raise TrainingError(
-                        "another process of this run is gone: killed, out of memory, or failed; see what it or its "
-                        f"node's log says ({str(error).splitlines()[0]})"
-                    ) from None
-                raise
+        with run.recorded(), _explained():
+            yield _Session(engine, run, stop, checkpoint, view, identity, notes)
     engine.close()
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Errors of libraries that say what has happened to a run, in its words: as `TrainingError`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the memory of the GPU does not suffice: {str(error).split('. ')[0]}. Set train.micro_batch_size to auto "
+            "or lower it, set train.gradient_checkpointing, or divide the model (such as with "
+            "configs/accelerate/zero2.yaml)"
+        ) from None
+    except (RuntimeError, MemoryError) as error:
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        if is_out_of_memory(error):
+            raise TrainingError(
+                f"the memory of this machine does not suffice ({first_line[:200]}). Give the job more, start fewer "
+                "processes on a machine, or lower evaluation.batch_size or train.micro_batch_size"
+            ) from None
+        if isinstance(error, RuntimeError) and is_lost_connection(error):
+            raise TrainingError(
+                "another process of this run is gone: killed, out of memory, or failed; see what it or its node's log "
+                f"says ({first_line})"
+            ) from None
+        raise
 
 
 def _run_id(config: RunConfig, checkpoint: Checkpoint | None, is_own: bool, is_fork: bool) -> str:
