@@ -31,6 +31,7 @@ COMMANDS = {
     "checkpoint export": "Make a model of a checkpoint: checkpoint export RUN/checkpoints/STEP DIR [--dtype bfloat16].",
     "hub check": "Look at hub.repo_id and what the token may do there, without changing anything.",
     "hub push": "Push what a run has left to hub.repo_id, and wait for it: hub push RUN.",
+    "config get": "Print one setting: config get run.output_dir --config FILE.",
     "config show": "Print the complete settings as YAML, without starting anything.",
     "config reference": "Print a table of all settings.",
 }
@@ -118,6 +119,8 @@ def _dispatch(args: list[str]) -> int:
         return _checkpoint(command, args)
     if command == "hub push":
         return _push(args)
+    if command == "config get":
+        return _get(args)
     sources, options = _read(command, args)
     if command == "config show":
         print(to_yaml(resolve(sources, [checks.combinations])), end="")
@@ -129,6 +132,18 @@ def _dispatch(args: list[str]) -> int:
     if command == "score":
         return _score(resolve(sources, [checks.paths, checks.needs_validation]), options)
     return _run(command, sources, options)
+
+
+def _get(args: list[str]) -> int:
+    key = args.pop(0) if args else ""
+    value: object = _settings_of(["config show", *args])
+    for name in key.split("."):
+        if name not in getattr(type(value), "model_fields", {}):
+            raise UserError(f"config get: there is no setting {key!r}")
+        value = getattr(value, name)
+    if value is not None:
+        print(value)
+    return 0
 
 
 def _read(command: str, args: list[str]) -> tuple[list[Source], dict[str, str | None]]:

@@ -75,8 +75,10 @@ def launch(
 def _in_step(outcome: Outcome) -> int:
     """Exit code of a task of several in a SLURM job step. srun kills the other tasks once one has failed; a stop, of
     which all are to come to the end, is no failure to it. The run's status.json tells the exit code."""
-    if outcome.in_order and (outcome.code > 128 or outcome.code == TIME_IS_UP):
-        return 0
+    if outcome.code > 128 or outcome.code == TIME_IS_UP:
+        if outcome.in_order:
+            return 0
+        return 1  # what was stopped here was stopped because something had failed
     if outcome.code:
         time.sleep(PATIENCE_SECONDS)
     return outcome.code

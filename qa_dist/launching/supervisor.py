@@ -25,6 +25,8 @@ ORPHAN_SECONDS = 40.0
 """How long processes whose launcher underneath is gone have to end with a checkpoint."""
 TOGETHER_SECONDS = 5.0
 """Processes that end so soon after each other do so by themselves, not because the launcher underneath has them end."""
+BARRIER_SECONDS = 20.0
+"""How long the launcher underneath may outlive its processes."""
 AT_ONCE_SECONDS = 5.0
 """How long after a second signal."""
 
@@ -79,11 +81,14 @@ class _Supervisor:
         self.asked = 0
         """The first signal that asked for a stop."""
         self.asked_again = False
+        self.is_done = False
+        """Whether only the launcher underneath was left."""
         self._asked_at = 0.0
 
     def __enter__(self) -> "_Supervisor":
         # nohup has a process ignore SIGHUP, and means it
-        listened = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        by_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        listened = [number for number in STOP_SIGNALS if not (by_nohup and number == signal.SIGHUP)]
         self._previous = {number: signal.signal(number, self._on_signal) for number in listened}
         # In a session of its own, so that Ctrl-C reaches this process alone.
         self.agent = subprocess.Popen(self.command, env=self.environment, start_new_session=True)
@@ -124,10 +129,22 @@ class _Supervisor:
                 self.directory.ask_to_stop(self.asked or signal.SIGTERM)
                 self._send(self.asked or signal.SIGTERM)
                 deadline = time.monotonic() + ORPHAN_SECONDS
+            if self._has_nothing_left() and deadline == math.inf:
+                self.is_done = True  # it waits for the launchers of other machines, which may be gone
+                deadline = time.monotonic() + BARRIER_SECONDS
             if time.monotonic() > deadline:
                 break
             time.sleep(POLL_SECONDS)
         self._look()
+
+    def _has_nothing_left(self) -> bool:
+        """Whether all processes have said that they end, and are gone."""
+        if not self.notes or any(note.code is None or note.is_running for note in self.notes.values()):
+            return False
+        try:
+            return not psutil.Process(self.agent.pid).children()
+        except psutil.Error:
+            return True
 
     def _look(self) -> None:
         self._read_notes()
@@ -166,7 +183,8 @@ class _Supervisor:
         self._read_notes()
         exits, problem = self.directory.exits()
         notes = sorted(self.notes.values(), key=lambda note: note.rank)
-        return account(notes, exits, self.gone, problem, self.agent.returncode, self.asked)
+        agent_code = 0 if self.is_done and self.agent.returncode < 0 else self.agent.returncode
+        return account(notes, exits, self.gone, problem, agent_code, self.asked)
 
 
 def account(
@@ -199,7 +217,7 @@ def account(
         lines.append(f"the launcher of the processes was killed by {_signal(-agent_code)}")
     elif agent_code and not lines:
         lines.append(f"nothing was started: {problem or f'accelerate launch has ended with {agent_code}'}")
-    in_order = not died and not cut_off and all(note.code != 1 for note in spoken)
+    in_order = agent_code >= 0 and not died and not cut_off and all(note.code != 1 for note in spoken)
     if died:
         code = 1
     elif spoken:

@@ -95,7 +95,7 @@ def test_files_of_a_run(run: Path):
             "nbest_predictions.json",
             "predictions.json",
         ),
-        *("status.json", "tensorboard"),
+        *("status.json", "tensorboard", ".lock"),
     }
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["reason"]) == ("completed", 0, "")
