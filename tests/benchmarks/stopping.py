@@ -5,6 +5,7 @@ python -m tests.benchmarks.stopping
 
 import argparse
 import json
+import os
 import random
 import signal
 import statistics
@@ -15,9 +16,9 @@ import time
 from pathlib import Path
 
 from qa_dist.checkpoint.manifest import NAME as MANIFEST
-from qa_dist.config import OutputConfig, RunConfig
+from qa_dist.launch_directory import LAUNCHER, LaunchDirectory, start_of
 from qa_dist.reporting.run_directory import read_status
-from qa_dist.training.preemption import POLL_SECONDS, sources_for
+from qa_dist.training.preemption import POLL_SECONDS, STOP_FILE_SECONDS, stop_file
 from tests.helpers import ROOT, TINY_BERT, environment, jsonl, tiny_flags
 
 MODEL = TINY_BERT | {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024, "num_hidden_layers": 4}
@@ -83,13 +84,18 @@ def steps(run: Path) -> list[dict]:
 
 
 def share_of_polling(turns: int = 2000) -> float:
+    """Of one core: the stop file, and the launch directory with the launcher's process, as often as that happens."""
     with tempfile.TemporaryDirectory() as directory:
-        sources = sources_for(RunConfig(run=OutputConfig(output_dir=Path(directory), max_hours=100.0)), is_main=True)
+        os.environ[LAUNCHER] = f"{os.getpid()}@{start_of(os.getpid())}"
+        launch = LaunchDirectory(Path(directory))
         started = time.thread_time()
         for _ in range(turns):
-            for source in sources:
-                source()
-        return (time.thread_time() - started) / turns / POLL_SECONDS
+            stop_file(Path(directory) / "stop")
+        files = (time.thread_time() - started) / turns / STOP_FILE_SECONDS
+        started = time.thread_time()
+        for _ in range(turns):
+            launch.stop_signal()
+        return files + (time.thread_time() - started) / turns / POLL_SECONDS
 
 
 if __name__ == "__main__":
