@@ -28,7 +28,12 @@ def publish_directory(target: Path, write: Callable[[Path], None]) -> None:
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    write(temporary)
+    try:
+        write(temporary)
+    except OSError as error:
+        if error.errno is not None:  # safetensors does not say where the disk is full
+            error.filename = error.filename or str(target)
+        raise
     umask = os.umask(0)
     os.umask(umask)
     for path in sorted(temporary.rglob("*")):

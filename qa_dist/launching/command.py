@@ -25,8 +25,6 @@ Starts `qa-dist COMMAND ARGUMENTS` on all GPUs of this machine, or of every node
       --main_process_port 29500 train --config run.yaml
 """
 NUMBERS = ("num_machines", "machine_rank", "num_processes", "main_process_port")
-
-
 PATIENCE_SECONDS = 3
 """How long a task of several that failed waits for the others to say what is the matter with them."""
 COMMANDS = ("train", "evaluate", "doctor")

@@ -1,7 +1,6 @@
 """The run directory: what a run leaves for people and scripts, and how it ended."""
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -11,21 +10,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from qa_dist.errors import NotPushedError, UserError
-from qa_dist.launch_directory import is_running
+from qa_dist.reporting.batch_job import BatchJob
 from qa_dist.reporting.environment import environment
+from qa_dist.reporting.run_lock import LOCK, Claim, claim
+from qa_dist.reporting.status import is_gone, read_status
 
 METRICS = "metrics.jsonl"
 LIFE_SECONDS = 5.0
 """How often status.json says that the run goes on, and how far it is."""
-LOCK = ".lock"
-LOST_SECONDS, LEAVING_SECONDS = 150.0, 20.0
-"""How long a lock is waited for: one of a machine that has vanished (file servers keep those for 90 seconds), or of a
-process that is about to end."""
-WATCHED_HERE, WATCHED_ELSEWHERE = 13.0, 75.0
-"""How long a run that may have been killed is watched for that; network file systems show news late."""
 State = Literal["running", "completed", "stopped", "failed"]
 
 OWN_FILES = ("status.json", "config.yaml", "metrics.jsonl", "metrics.json", "predictions.json", "model", "checkpoints")
@@ -53,7 +48,7 @@ def require_free(path: Path) -> None:
     if not in_use:
         return
     status = read_status(path)
-    ended = status.get("state") == "failed" or (status.get("state") == "running" and _is_gone(status))
+    ended = status.get("state") == "failed" or (status.get("state") == "running" and is_gone(status))
     if ended and status.get("step") == 0 and "model" not in in_use and not _has_trained(path):
         return
     state = f" ({status['state']} at step {status['step']})" if {"state", "step"} <= status.keys() else ""
@@ -69,134 +64,6 @@ def _has_trained(path: Path) -> bool:
         return True
     metrics = path / "metrics.jsonl"
     return metrics.is_file() and b'"kind": "train"' in metrics.read_bytes()
-
-
-def require_ended(path: Path, say: Callable[[str], object]) -> None:
-    """Raise `UserError` if the run in `path` is still going on."""
-    claim(path, say, create=False).close()
-
-
-class Claim(NamedTuple):
-    """That no other process has the run directory, for as long as this is open."""
-
-    descriptor: int | None
-    """Of a lock, which the kernel gives back when the process ends; None where the file system has none."""
-
-    def close(self) -> None:
-        if self.descriptor is not None:
-            os.close(self.descriptor)
-
-
-def claim(path: Path, say: Callable[[str], object], *, create: bool = True) -> Claim:
-    """Make `path` this process's own. Raises `UserError` if another run is going on there.
-
-    An earlier attempt of the same batch job, which its batch system has given up, is asked to stop, and waited for.
-    `say` is told what takes time.
-    """
-    if not create and not path.is_dir():
-        return Claim(None)
-    end: float | None = None
-    while True:
-        descriptor = _open_lock(path)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with contextlib.suppress(FileNotFoundError):  # whoever had it has taken it away
-                if os.path.samestat(os.fstat(descriptor), (path / LOCK).stat()):
-                    return Claim(descriptor)
-            os.close(descriptor)
-            continue
-        except BlockingIOError:
-            os.close(descriptor)
-        except OSError:  # a file system without locks
-            os.close(descriptor)
-            _require_no_life(path, say)
-            return Claim(None)
-        status = read_status(path)
-        if end is None:
-            seconds = _patience(path, status)
-            end = time.monotonic() + seconds
-            if seconds:
-                say(f"{path}: waiting up to {seconds:.0f} s for {_owner(status)} to end")
-        if time.monotonic() >= end:
-            raise UserError(f"run.output_dir: the run in {path} is still going on ({_owner(status)})")
-        time.sleep(0.5)
-
-
-def _open_lock(path: Path) -> int:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        return os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise UserError(f"run.output_dir: {path} cannot be written: {error.strerror}") from None
-
-
-def _patience(path: Path, status: Mapping[str, Any]) -> float:
-    """How long the lock may be held on by what is no longer meant to run."""
-    if _is_earlier_attempt(status):
-        with contextlib.suppress(OSError):
-            (path / stop_name(os.environ["SLURM_JOB_ID"], str(status.get("attempt")))).write_text("TERM")
-        return LOST_SECONDS
-    elsewhere = status.get("host") != socket.gethostname()
-    ended = status.get("state") != "running"  # and about to leave
-    return LOST_SECONDS if elsewhere else LEAVING_SECONDS if ended else 0.0
-
-
-def _is_earlier_attempt(status: Mapping[str, Any]) -> bool:
-    return status.get("job") == _job() is not None and status.get("attempt") != _attempt()
-
-
-def _owner(status: Mapping[str, Any]) -> str:
-    host, job = status.get("host"), status.get("job")
-    return f"process {status.get('pid')} on {host}" + (f", job {job}" if job else "")
-
-
-def _require_no_life(path: Path, say: Callable[[str], object]) -> None:
-    """The same by the status's signs of life, where there are no locks."""
-    status = read_status(path)
-    if status.get("state") != "running" or status.get("pid") == os.getpid() or _is_gone(status):
-        return
-    seconds = WATCHED_HERE if status.get("host") == socket.gethostname() else WATCHED_ELSEWHERE
-    say(f"{path}: {_owner(status)} has not said that it has ended; seeing for {seconds:.0f} s whether it still lives")
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        time.sleep(1)
-        now = read_status(path)
-        if now.get("state") != "running":
-            return
-        if now.get("updated") != status.get("updated"):
-            raise UserError(f"run.output_dir: the run in {path} is still going on ({_owner(status)})")
-
-
-def _job() -> str | None:
-    """The batch job that this process is part of."""
-    number = os.environ.get("SLURM_JOB_ID")
-    return f"SLURM {number}" if number else None
-
-
-def stop_name(job: str, attempt: str) -> str:
-    """Of the file that asks an attempt of a batch job to stop; one named `stop` asks whichever run there is."""
-    return f"stop-{job}.{attempt}"
-
-
-def _attempt() -> str:
-    """Which one of that job."""
-    return os.environ.get("SLURM_RESTART_COUNT", "0")
-
-
-def read_status(path: Path) -> dict[str, Any]:
-    """The content of a run's status.json; empty if there is none that can be read."""
-    try:
-        status = json.loads((path / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return status if isinstance(status, dict) else {}
-
-
-def _is_gone(status: dict[str, Any]) -> bool:
-    """Whether the process that wrote `status` is known to have ended: only on its own host can one tell."""
-    if status.get("host") != socket.gethostname() or not isinstance(status.get("pid"), int):
-        return False
-    return not is_running(status["pid"])
 
 
 class RunDirectory:
@@ -319,16 +186,33 @@ class RunDirectory:
         self._end("failed", reason, 1)
 
     def _end(self, state: State, reason: str, exit_code: int) -> None:
-        # a disk that is full for this too: the error that ends the run is the one to be told
-        if self._is_open:
+        if not self._is_open:
+            return
+        try:
+            self._status(state, reason, exit_code)
+        except OSError:  # the error that ends the run is the one to be told, not that the disk is full for this too
             with contextlib.suppress(OSError):
-                self._status(state, reason, exit_code)
+                self._overwrite_status(state, reason, exit_code)
+
+    def _overwrite_status(self, state: State, reason: str, exit_code: int) -> None:
+        """Without a byte more on the disk, where there is none left; what had to be left out is in the log."""
+        content = {"state": state, "reason": reason, "step": self.step, "exit_code": exit_code}
+        with (self.path / "status.json").open("r+b") as file:
+            room = len(file.read())
+            old = read_status(self.path)
+            own = {key: old[key] for key in ("job", "attempt", "run", "host", "pid") if key in old}
+            for words in (reason, reason[:80], ""):
+                text = json.dumps(content | {"reason": words} | own, indent=2).encode()
+                if len(text) <= room:
+                    file.seek(0)
+                    file.write(text.ljust(room))
+                    return
 
     def _status(self, state: State, reason: str, exit_code: int | None) -> None:
         content = {"state": state, "reason": reason, "step": self.step, "exit_code": exit_code, "updated": time.time()}
         own = {"launch": self._launch, "host": socket.gethostname(), "pid": os.getpid(), "run": self.id}
-        if job := _job():  # which attempt of it this is, its batch script wants to know
-            own |= {"job": job, "attempt": _attempt()}
+        if job := BatchJob.of_this_process():  # which attempt of it this is, its batch script wants to know
+            own |= {"job": job.name, "attempt": job.attempt}
         with self._lock:
             if not self._has_ended:
                 self._has_ended = exit_code is not None

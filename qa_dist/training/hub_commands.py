@@ -14,7 +14,9 @@ from qa_dist.checkpoint.pull import states
 from qa_dist.checkpoint.store import Found, checkpoints
 from qa_dist.config import RunConfig
 from qa_dist.errors import NotPushedError, UserError
-from qa_dist.reporting.run_directory import METRICS, RunDirectory, read_status, require_ended
+from qa_dist.reporting.run_directory import METRICS, RunDirectory
+from qa_dist.reporting.run_lock import require_ended
+from qa_dist.reporting.status import read_status
 from qa_dist.training.hub_view import patiently
 from qa_dist.training.publishing import Publisher
 from qa_dist.training.resume import DIRECTORY

@@ -17,7 +17,8 @@ import torch
 from qa_dist.config import RunConfig
 from qa_dist.errors import TIME_IS_UP
 from qa_dist.launch_directory import ECHO_SECONDS, STOP_SIGNALS, LaunchDirectory
-from qa_dist.reporting.run_directory import StoppedError, stop_name
+from qa_dist.reporting.batch_job import BatchJob
+from qa_dist.reporting.run_directory import StoppedError
 from qa_dist.training.engine import Engine
 
 POLL_SECONDS = 0.1
@@ -99,8 +100,8 @@ def sources_for(config: RunConfig, is_main: bool) -> list[Source]:
         sources.append(lambda: by_signal(number) if (number := directory.stop_signal()) else None)
     if is_main:
         names = ["stop"]
-        if job := os.environ.get("SLURM_JOB_ID"):
-            names.append(stop_name(job, os.environ.get("SLURM_RESTART_COUNT", "0")))
+        if job := BatchJob.of_this_process():
+            names.append(job.stop_file)
         for name in names:
             sources.append(every(STOP_FILE_SECONDS, lambda path=config.output_dir / name: stop_file(path)))
         sources += [at_time(*limit) for limit in time_limits(config)]
@@ -158,11 +159,12 @@ def time_limits(config: RunConfig) -> list[tuple[float, str]]:
 
 def slurm_end_time() -> float | None:
     """When SLURM ends the job that this process is part of (seconds since the epoch); None where that is not known."""
-    if "SLURM_JOB_ID" not in os.environ:
+    job = BatchJob.of_this_process()
+    if job is None:
         return None
     if known := os.environ.get("SLURM_JOB_END_TIME", ""):
         return float(known) if known.isdigit() else None
-    command = ["squeue", "--noheader", "--format=%e", "--jobs", os.environ["SLURM_JOB_ID"]]
+    command = ["squeue", "--noheader", "--format=%e", "--jobs", job.number]
     with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
         shown = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
         return datetime.fromisoformat(shown).timestamp()

@@ -19,7 +19,8 @@ from qa_dist.checkpoint.state import restore, shapes
 from qa_dist.checkpoint.store import Shards, gap, step_directories
 from qa_dist.config import FREE_TO_CHANGE, RunConfig
 from qa_dist.errors import UserError, listing
-from qa_dist.reporting.run_directory import read_status, require_free
+from qa_dist.reporting.run_directory import require_free
+from qa_dist.reporting.status import read_status
 from qa_dist.training.engine import Engine
 from qa_dist.training.hub_view import HubView, fetch, run_of
 

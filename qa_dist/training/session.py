@@ -13,7 +13,8 @@ from qa_dist.config import RunConfig
 from qa_dist.config_sources import to_yaml
 from qa_dist.errors import TrainingError
 from qa_dist.launch_directory import LaunchDirectory, conclude
-from qa_dist.reporting.run_directory import RunDirectory, read_status
+from qa_dist.reporting.run_directory import RunDirectory
+from qa_dist.reporting.status import read_status
 from qa_dist.reporting.tracker import Tracker, announce, summary_table
 from qa_dist.tasks import load_task
 from qa_dist.tasks.task import FeatureSet, Task

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from qa_dist.checkpoint.manifest import NAME as MANIFEST
 from qa_dist.launch_directory import LAUNCHER, LaunchDirectory, start_of
-from qa_dist.reporting.run_directory import read_status
+from qa_dist.reporting.status import read_status
 from qa_dist.training.preemption import POLL_SECONDS, STOP_FILE_SECONDS, stop_file
 from tests.helpers import ROOT, TINY_BERT, environment, jsonl, tiny_flags
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from qa_dist.cli import main
-from qa_dist.reporting.run_directory import read_status
+from qa_dist.reporting.status import read_status
 from tests.helpers import ROOT, Launcher, environment, tiny_flags
 
 LONG = tiny_flags(**{"train.epochs": "20000", "checkpoint.every": "20 steps"})

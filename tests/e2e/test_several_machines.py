@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qa_dist.reporting.run_directory import read_status
+from qa_dist.reporting.status import read_status
 from tests.helpers import ROOT, environment, jsonl, tiny_flags
 
 CONFIGS = ROOT / "configs/accelerate"

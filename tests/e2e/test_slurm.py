@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from qa_dist.reporting.run_directory import read_status
+from qa_dist.reporting.status import read_status
 from qa_dist.training.preemption import slurm_end_time
 from tests.helpers import ROOT, Launcher, jsonl, tiny_flags
 from tests.slurm_cluster import SlurmCluster, missing
@@ -169,6 +169,31 @@ def test_a_job_that_fails_goes_on_if_that_is_asked_for(submit, uninterrupted: Pa
     job.ranks()[0].kill()
     job.wait(lambda: "requeueing" in job.log)
     assert job.ended()["JobState"] == "COMPLETED", job.log
+    assert_same(job.run, uninterrupted)
+
+
+def test_a_node_whose_launcher_dies_is_a_failure_and_not_a_stop(submit, cluster: SlurmCluster, uninterrupted: Path):
+    """The processes of all nodes are stopped in order then; the job must neither wait nor take itself for preempted."""
+    job = submit(REQUEUE_FAILED="1")
+    job.reaches(60)
+    last = [node for node in cluster.nodes if node != cluster.job(job.id)["BatchHost"]]
+    agents = [one for node in last for one in cluster.processes(node, "qa_dist.launching.agent")]
+    agents[0].kill()
+    job.wait(lambda: "requeueing (restarts without a new checkpoint: 0 of 3)" in job.log, 60)
+    assert "the launcher of the processes was killed by signal 9 (SIGKILL)" in job.log
+    assert "ended: failed, exit code 1" in job.log
+    assert job.ended()["JobState"] == "COMPLETED", job.log
+    assert_same(job.run, uninterrupted)
+
+
+def test_a_signal_to_the_tasks_alone_is_a_preemption(submit, cluster: SlurmCluster, uninterrupted: Path):
+    """As at the beginning of a partition's GraceTime; the batch script hears nothing of it."""
+    job = submit()
+    job.reaches(60)
+    cluster.command("scancel", "--signal=TERM", str(job.id))
+    job.wait(lambda: "ended: stopped, exit code 143" in job.log)
+    assert job.ended()["JobState"] == "COMPLETED", job.log
+    assert cluster.job(job.id)["Restarts"] == "1"
     assert_same(job.run, uninterrupted)
 
 

@@ -1,5 +1,6 @@
 """Directories and files that are there complete, or not at all; and whose run they hold."""
 
+import contextlib
 import json
 import os
 import socket
@@ -10,7 +11,8 @@ import pytest
 
 from qa_dist.checkpoint.store import publish_directory
 from qa_dist.errors import UserError
-from qa_dist.reporting.run_directory import RunDirectory, StoppedError, read_status, require_free
+from qa_dist.reporting.run_directory import RunDirectory, StoppedError, require_free
+from qa_dist.reporting.status import read_status
 
 
 def test_a_failed_write_leaves_the_old_directory(tmp_path: Path):
@@ -61,6 +63,25 @@ def test_status_tells_how_the_run_ended(tmp_path: Path, error, state: str, exit_
     status = read_status(tmp_path)
     assert (status["state"], status["exit_code"], status["reason"], status["step"]) == (state, exit_code, reason, 7)
     assert (tmp_path / "config.yaml").read_text() == "a: 1\n"
+
+
+def test_the_status_of_a_run_that_ends_on_a_full_disk(tmp_path: Path):
+    """It is written where the old one was, for which no new block is needed."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("this user may not mount a small disk")
+    try:
+        run = RunDirectory(disk / "run", is_main=True)
+        run.open("a: 1\n", "DDP, 2 processes")
+        with pytest.raises(UserError), run.recorded():
+            with contextlib.suppress(OSError):
+                (disk / "rest").write_bytes(bytes(100_000))
+            raise UserError("the disk is full")
+        status = read_status(disk / "run")
+        assert (status["state"], status["reason"], status["exit_code"]) == ("failed", "the disk is full", 2)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_other_ranks_write_nothing(tmp_path: Path):
