@@ -1,3 +1,17 @@
-"""Fine-tune extractive question-answering models on many accelerators."""
+"""Fine-tune extractive question-answering models on many accelerators, and use them."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qa_dist.inference.question_answerer import QuestionAnswerer
 
 __version__ = "0.1.0"
+__all__ = ["QuestionAnswerer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "QuestionAnswerer":  # imported when asked for: it brings torch and transformers along
+        from qa_dist.inference.question_answerer import QuestionAnswerer
+
+        return QuestionAnswerer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

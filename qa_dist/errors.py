@@ -13,6 +13,10 @@ class UserError(Exception):
     """Exit code of the process that ends with this error."""
 
 
+class InputError(UserError, ValueError):
+    """A question, a text or an argument that a model cannot be asked with."""
+
+
 class TrainingError(UserError):
     """Training itself cannot go on, though everything that was asked for was valid."""
 

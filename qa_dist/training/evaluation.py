@@ -17,8 +17,8 @@ Outputs = dict[str, npt.NDArray[Any]]
 
 
 def evaluate(engine: Engine, task: Task, features: FeatureSet, batch_size: int, stop: StopRequest) -> Score:
-    """Run the model over all features and score what it says. The main process scores; every rank gets the
-    metrics, only the main process the files.
+    """Run the model over all features and score what it says; features without labels get no metrics. The main process
+    scores; every rank gets the metrics, only the main process the files.
 
     Raises `TrainingError` for a model whose loss is no number, and `StoppedError` on request.
     """
@@ -27,11 +27,12 @@ def evaluate(engine: Engine, task: Task, features: FeatureSet, batch_size: int, 
 
     def score_all() -> None:
         nonlocal score
-        loss = float(outputs.pop("loss").astype(np.float64).mean())
+        loss = float(outputs.pop("loss").astype(np.float64).mean())  # of no meaning, but finite, without labels
         if not np.isfinite(loss):
             raise TrainingError(f"the validation loss is {loss}: the model's weights are not usable")
         score = task.score(outputs, features)
-        score.metrics["loss"] = loss
+        if features.labelled:
+            score.metrics["loss"] = loss
 
     engine.on_main(score_all)
     score.metrics = engine.broadcast(score.metrics)

@@ -122,11 +122,12 @@ def export_checkpoint(directory: Path, target: Path, dtype: str) -> None:
         raise UserError(f"{target}: cannot be written: {error.strerror or error}") from None
 
 
-def exported_settings(model: str) -> Source:
+def exported_settings(model: str, *, with_findings: bool = False) -> Source:
     """The settings that `model`, if it is a directory made by `export_model`, or a repository on the Hub that such a
-    one was pushed to, was trained with.
+    one was pushed to, was trained with; `with_findings` with those that its evaluation has found to be better.
 
-    It may come from anywhere, so nothing but `CARRIED_SETTINGS` is taken from it.
+    It may come from anywhere, so nothing but `CARRIED_SETTINGS` is taken from it. Raises `UserError` where the file
+    cannot be read.
     """
     source = Source()
     path = Path(model) / SETTINGS_FILE
@@ -137,8 +138,8 @@ def exported_settings(model: str) -> Source:
         return source
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        version, settings = content["schema_version"], content["settings"]
-        if not isinstance(version, int) or not isinstance(settings, dict):
+        version, settings, findings = content["schema_version"], content["settings"], content.get("findings", {})
+        if not isinstance(version, int) or not isinstance(settings, dict) or not isinstance(findings, dict):
             raise TypeError
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path}: cannot be read as the settings of a trained model; export it again") from None
@@ -147,4 +148,8 @@ def exported_settings(model: str) -> Source:
     for key in CARRIED_SETTINGS:
         if key in settings:
             source.put(key, settings[key], str(path))
+    found = task_class(str(settings.get("task"))).found_settings if with_findings else {}
+    for name, key in found.items():
+        if name in findings:
+            source.put(key, findings[name], f"{path}, {name}")
     return source

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,7 @@ def build_model(config: RunConfig, task: Task, *, trained: bool = False) -> tupl
             model = task.auto_model.from_config(model_config, dtype=torch.float32, **_attention(settings))
         except Exception as error:  # sizes that do not divide each other and the like
             raise UserError(f"model.config: no model can be built from it: {_first_line(error)}") from None
-        _try_out(model, task.tokenizer, config.data.max_length)
-        return model, []
+        return model, _try_out(model, task.tokenizer, config.data.max_length)
     model_config = pretrained_config(settings)
     _check_head(model_config, task, settings.name)
     _check_fit(model_config, task.tokenizer, config.data.max_length)
@@ -56,8 +56,8 @@ def build_model(config: RunConfig, task: Task, *, trained: bool = False) -> tupl
             f"model.name: {settings.name!r} has no weights for {listing(new)}: it has not been trained for "
             f"{task.name.replace('_', ' ')}. Train it first (qa-dist train --model.name {settings.name} …)"
         )
-    _try_out(model, task.tokenizer, config.data.max_length)
-    return model, [f"new weights: {listing(new)}"] if new else []
+    notes = [f"new weights: {listing(new)}"] if new else []
+    return model, notes + _try_out(model, task.tokenizer, config.data.max_length)
 
 
 def _attention(settings: ModelConfig) -> dict[str, str]:
@@ -119,30 +119,61 @@ def _check_fit(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBas
             f"the tokenizer has {len(tokenizer):,} tokens but the model only {vocabulary:,} embeddings: "
             "model.tokenizer and the model do not belong together"
         )
+    longest = longest_window(model_config)
+    if longest is not None and max_length > longest:
+        raise UserError(
+            f"data.max_length: {max_length} is more than the {longest} positions that the model has; set it to "
+            f"{longest} or less"
+        )
+
+
+def longest_window(model_config: PretrainedConfig) -> int | None:
+    """Tokens for which the model has positions; None where it has no such limit."""
     positions = getattr(model_config, "max_position_embeddings", None)
-    if isinstance(positions, int) and positions > 0:
-        # RoBERTa's family counts positions from pad_token_id + 1
-        taken = (model_config.pad_token_id or 0) + 1 if "roberta" in model_config.model_type else 0
-        if max_length > positions - taken:
-            raise UserError(
-                f"data.max_length: {max_length} is more than the {positions - taken} positions that the model has; "
-                f"set it to {positions - taken} or less"
-            )
+    if not isinstance(positions, int) or positions <= 0:
+        return None
+    # RoBERTa's family counts positions from pad_token_id + 1
+    taken = (model_config.pad_token_id or 0) + 1 if "roberta" in model_config.model_type else 0
+    return positions - taken
 
 
-def _try_out(model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+def _try_out(model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[str]:
     """Run one window of the full length. On a GPU, positions or tokens without an embedding would end the run
-    with an assertion on the device, in whichever step the first long window comes."""
+    with an assertion on the device, in whichever step the first long window comes.
+
+    Weights that play no part in it, such as XLNet's embedding of masks, are frozen: DDP would wait for their gradients,
+    and optimizers have no state for them. Returns notes for the user.
+    """
     texts = ("a", "a " * max_length)
     inputs = tokenizer(*texts, truncation="only_second", max_length=max_length, return_tensors="pt", verbose=False)
     try:
-        with torch.no_grad():
-            model.eval()(**inputs)
+        output = model.eval()(**inputs)
     except Exception as error:  # whatever the model's code raises
         raise UserError(
             f"the model cannot process a window of {max_length} tokens: {_first_line(error)}. Lower data.max_length, "
             "or use another model or tokenizer"
         ) from None
+    reached = _weights_behind([value for value in output.values() if isinstance(value, torch.Tensor)])
+    unused = [name for name, weight in model.named_parameters() if weight.requires_grad and weight not in reached]
+    for name in unused:
+        model.get_parameter(name).requires_grad_(False)
+    return [f"not trained, as the model makes no use of them: {listing(unused)}"] if unused else []
+
+
+def _weights_behind(outputs: Sequence[torch.Tensor]) -> set[torch.Tensor]:
+    """The tensors that gradients of `outputs` would reach, found without computing any."""
+    found: set[torch.Tensor] = set()
+    to_visit: list[Any] = [output.grad_fn for output in outputs]
+    visited = set(to_visit)
+    while to_visit:
+        node = to_visit.pop()
+        if node is None:
+            continue
+        if hasattr(node, "variable"):  # where gradients are accumulated
+            found.add(node.variable)
+        to_visit += [parent for parent, _ in node.next_functions if parent not in visited]
+        visited |= {parent for parent, _ in node.next_functions}
+    return found
 
 
 def _first_line(error: Exception) -> str:

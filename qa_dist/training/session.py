@@ -83,21 +83,24 @@ def _is_in(checkpoint: Checkpoint, config: RunConfig) -> bool:
     return checkpoint.path.absolute().parent == (config.output_dir / DIRECTORY).absolute()
 
 
-def evaluate_only(config: RunConfig, launch: LaunchEnvironment) -> None:
-    """Evaluate a trained model, and leave metrics and predictions in the run directory. Raises as `train` does."""
+def evaluate_only(config: RunConfig, launch: LaunchEnvironment, split: str = "validation") -> None:
+    """Evaluate a trained model, and leave metrics and predictions in the run directory; of data without labels the
+    predictions alone. Raises as `train` does."""
     with _session(config, launch, Resume()) as session:
         engine, run = session.engine, session.run
-        parts = _load(config, session, ("validation",))
+        parts = _load(config, session, (split,))
         engine.prepare_for_evaluation(parts.model, config)
-        score = evaluate(engine, parts.task, parts.sets["validation"], config.evaluation.batch_size, session.stop)
+        score = evaluate(engine, parts.task, parts.sets[split], config.evaluation.batch_size, session.stop)
 
         def write() -> None:
-            run.write_json("metrics.json", score.metrics)
+            if score.metrics:
+                run.write_json("metrics.json", score.metrics)
             for name, content in score.files.items():
                 run.write_json(name, content)
 
         engine.on_main(write)
-        parts.tracker.log_figures(score.metrics)
+        if score.metrics:
+            parts.tracker.log_figures(score.metrics)
         parts.tracker.say(f"done: {run.path}")
 
 

@@ -24,7 +24,6 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from datasets.table import InMemoryTable
 from transformers import PreTrainedTokenizerBase
 
 from qa_dist.config import DataConfig, ModelConfig
@@ -170,8 +169,7 @@ def benchmark_features(
             ),
         ]
     padding = {"input_ids": int(own.pad_token_id or 0), "token_type_ids": own.pad_token_type_id}  # pyright: ignore
-    data = datasets.Dataset(InMemoryTable(table))
-    return rows, QuestionAnsweringFeatures(data, "", padding, lambda: Examples(examples)), evaluation
+    return rows, QuestionAnsweringFeatures(table, "", padding, lambda: Examples(examples)), evaluation
 
 
 def random_logits(features: QuestionAnsweringFeatures, width: int, seed: int, peaked: bool) -> tuple[Logits, Logits]:

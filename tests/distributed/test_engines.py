@@ -79,3 +79,15 @@ def test_every_engine_trains_on_fewer_examples_than_processes(launcher: Launcher
     launch = launcher.train("zero3", 4, tmp_path / "run", *flags)
     assert launch.code == 0, launch.output
     assert len(losses(tmp_path / "run")) == 2
+
+
+def test_weights_that_the_model_does_not_use_hold_nothing_up(launcher: Launcher, tmp_path: Path):
+    """XLNet has an embedding of masks that answers never touch: DDP waits for such gradients, and AdamW has no moments
+    for them to store."""
+    xlnet = {"model_type": "xlnet", "d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 64}
+    flags = tiny_flags(**{"model.config": json.dumps(xlnet), "train.epochs": "1"})
+    first = launcher.train("ddp", 2, tmp_path / "run", *flags)
+    assert first.code == 0, first.output
+    assert "not trained, as the model makes no use of them: transformer.mask_emb" in first.output
+    second = launcher.train("zero2", 1, tmp_path / "on", *flags, "--resume", str(tmp_path / "run"))
+    assert second.code == 0, second.output

@@ -1,0 +1,1 @@
+"""Using trained models: answers from Python, the command line and a page."""

@@ -1,0 +1,108 @@
+"use strict";
+
+const element = (id) => document.getElementById(id);
+const MODEL = { max_characters: Infinity, may_refuse: false };
+
+/** The server counts characters; JavaScript's strings count halves of some of them. */
+const characters = (text) => Array.from(text);
+
+async function request(path, options) {
+  const response = await fetch(path, options);
+  const content = await response.json();
+  if (!response.ok) throw new Error(content.error);
+  return content;
+}
+
+function say(text, wrong = false) {
+  element("message").textContent = text;
+  element("message").classList.toggle("wrong", wrong);
+}
+
+function showSize() {
+  const size = characters(element("context").value).length + characters(element("question").value).length;
+  const over = size > MODEL.max_characters;
+  const format = (count) => count.toLocaleString("en");
+  element("size").textContent = over
+    ? `${format(size)} characters: ${format(size - MODEL.max_characters)} too many`
+    : `${format(size)} characters`;
+  element("ask").disabled = over;
+}
+
+function showText(context, answers, chosen) {
+  const text = element("text");
+  text.replaceChildren();
+  // Cut the text wherever an answer begins or ends; each piece is marked by the answers that cover it.
+  const places = answers.filter((answer) => answer.end > answer.start).flatMap((a) => [a.start, a.end]);
+  const cuts = [...new Set([0, ...places, context.length])].sort((a, b) => a - b);
+  for (let i = 0; i + 1 < cuts.length; i++) {
+    const piece = context.slice(cuts[i], cuts[i + 1]).join("");
+    const covers = (answer) => answer.start <= cuts[i] && answer.end >= cuts[i + 1];
+    if (!answers.some(covers)) {
+      text.append(piece);
+      continue;
+    }
+    const mark = document.createElement("mark");
+    mark.textContent = piece;
+    mark.classList.toggle("chosen", covers(answers[chosen]));
+    text.append(mark);
+  }
+}
+
+function showAnswers(context, answers, chosen) {
+  const items = answers.map((answer, i) => {
+    const button = document.createElement("button");
+    const score = document.createElement("span");
+    const text = document.createElement("span");
+    button.type = "button";
+    button.setAttribute("aria-pressed", String(i === chosen));
+    score.className = "score";
+    score.textContent = `${(100 * answer.score).toFixed(1)} %`;
+    text.textContent = answer.answer || "no answer in the text";
+    text.classList.toggle("none", !answer.answer);
+    button.append(score, text);
+    button.addEventListener("click", () => {
+      showAnswers(context, answers, i);
+      element("answers").children[i].firstChild.focus();
+      document.querySelector("mark.chosen")?.scrollIntoView({ block: "nearest" });
+    });
+    const item = document.createElement("li");
+    item.append(button);
+    return item;
+  });
+  element("answers").replaceChildren(...items);
+  showText(context, answers, chosen);
+}
+
+async function ask(event) {
+  event.preventDefault();
+  const context = element("context").value;
+  const body = { question: element("question").value, context, top_k: Number(element("top_k").value) };
+  element("ask").disabled = true;
+  say("Reading …");
+  try {
+    const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
+    const { answers, seconds } = await request("answer", options);
+    say("");
+    showAnswers(characters(context), answers, 0);
+    const windows = answers[0].windows.length;
+    const none = (100 * answers[0].no_answer_probability).toFixed(1);
+    element("details").textContent =
+      `${seconds.toFixed(2)} s, read in ${windows === 1 ? "one window" : `${windows} windows`}` +
+      (MODEL.may_refuse ? `; no answer in the text: ${none} %` : "");
+    element("result").hidden = false;
+  } catch (error) {
+    element("result").hidden = true;
+    say(error instanceof TypeError ? "The server cannot be reached." : error.message, true);
+  } finally {
+    showSize();
+  }
+}
+
+element("form").addEventListener("submit", ask);
+element("context").addEventListener("input", showSize);
+element("question").addEventListener("input", showSize);
+request("model").then((model) => {
+  Object.assign(MODEL, model);
+  element("model").textContent = MODEL.name;
+  showSize();
+}, (error) => say(error.message, true));

@@ -1,0 +1,284 @@
+"""Questions to a trained model: `QuestionAnswerer`, in place of transformers' removed pipeline."""
+
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from qa_dist.errors import InputError, UserError
+from qa_dist.inference.loading import TrainedModel, load_trained
+from qa_dist.tasks.question_answering.data import Example, is_unicode
+from qa_dist.tasks.question_answering.features import NoRoomError, QuestionAnsweringFeatures
+from qa_dist.tasks.question_answering.probabilities import Found, answers_of, best_spans
+from qa_dist.tasks.question_answering.task import QuestionAnswering
+from qa_dist.training.batching import evaluation_batches
+
+QUESTIONS_PER_CHUNK = 1024
+"""Questions whose windows are sorted by length together."""
+CHARACTERS_PER_CHUNK = 8_000_000
+"""Of their contexts, so that the windows of long ones do not fill the memory."""
+WINDOWS_ON_CPU, WINDOWS_ON_ACCELERATOR = 4, 32
+"""That the model reads at once by default. On a CPU more of them fall out of the caches: 32 take a quarter longer."""
+COMPILED_MULTIPLE = 64
+"""Lengths are multiples of this where the model is compiled, so that there are few shapes to compile for."""
+PIPELINE_DEFAULTS = {"data.max_length": 384, "data.stride": 128, "evaluation.max_answer_length": 15}
+"""Of the removed pipeline; for models that were not trained here and so carry no settings of their own."""
+
+Question = tuple[str, str] | Mapping[str, Any]
+"""A pair of question and context, or a mapping that has both."""
+
+
+class Answer(TypedDict):
+    """An answer and its place; the first four fields are those of the removed pipeline."""
+
+    score: float
+    """Probability, 0 to 1."""
+    start: int
+    """First character in the context."""
+    end: int
+    """One past the last character: the answer is `context[start:end]`."""
+    answer: str
+    """Empty, with start and end 0, for "no answer"."""
+    no_answer_probability: float
+    """That the context does not answer the question, by the model; of use only if it was trained on such questions."""
+    windows: list[tuple[int, int]]
+    """What the model read at a time, as first and one past the last character of the context."""
+
+
+class QuestionAnswerer:
+    """Answers questions from contexts of any length, with a model for extractive question answering.
+
+    ```python
+    answerer = QuestionAnswerer.from_pretrained("runs/my_run/model")
+    answerer("Where was Ada born?", "Ada was born in London.")
+    # {"score": 0.97, "start": 16, "end": 22, "answer": "London", …}
+    ```
+
+    The score is that of transformers' `pipeline("question-answering")`, which transformers 5 removed: in each window,
+    the product of the softmax over the allowed positions (the context and the classification token) at the answer's
+    start and at its end; spans with the same text, whatever its case, count as one answer, with the sum of their
+    scores (at most 1: windows overlap). Answers are whole words unless `align_to_words` is false, as they were there;
+    here also those that the edge of a window cuts.
+
+    A model that was trained here on questions without an answer (SQuAD 2.0) answers "" where the score of "no answer"
+    exceeds the best span's by more than the threshold that was stored with it. `max_length`, `stride` (tokens) and
+    `max_answer_length` (tokens) are the model's own, too; for models trained elsewhere they are the pipeline's 384,
+    128 and 15.
+
+    An answerer may be used from several threads at once.
+    """
+
+    def __init__(
+        self,
+        trained: TrainedModel,
+        *,
+        no_answer_threshold: float | None = None,
+        max_answer_length: int | None = None,
+        align_to_words: bool = True,
+        batch_size: int | None = None,
+        compile: bool = False,
+    ):
+        """`no_answer_threshold`: instead of the stored one. `batch_size`: windows that the model reads at once.
+        `compile`: with torch.compile; worth its while from some thousand questions on."""
+        task = trained.task
+        assert isinstance(task, QuestionAnswering)
+        for name, value in (("max_answer_length", max_answer_length), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise InputError(f"{name}: {value} is less than 1")
+        self.task, self.device = task, trained.device
+        self.max_answer_length = max_answer_length or task.config.evaluation.max_answer_length
+        self.align_to_words = align_to_words
+        self.batch_size = batch_size or (WINDOWS_ON_CPU if self.device.type == "cpu" else WINDOWS_ON_ACCELERATOR)
+        self.no_answer_threshold = no_answer_threshold
+        """Of SQuAD 2.0, in logits; None for a model that always answers."""
+        if no_answer_threshold is None and task.config.data.unanswerable == "allow":
+            self.no_answer_threshold = task.config.evaluation.null_score_diff_threshold
+        self._model: Any = torch.compile(trained.model) if compile else trained.model
+        self._multiple = COMPILED_MULTIPLE if compile else 8
+        # Tokenizers that are asked by two threads at once raise "Already borrowed", and torch.compile compiles twice.
+        self._tokenizer_lock = threading.Lock()
+        self._model_lock = threading.Lock() if compile else contextlib.nullcontext()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        revision: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        trust_remote_code: bool = False,
+        **settings: Any,
+    ) -> Self:
+        """Load a model: a directory, a run directory, or a repository on the Hugging Face Hub.
+
+        `device` is by default the accelerator, if there is one, and `dtype` float32; bfloat16 and float16 take half of
+        the memory. `settings` are those of the constructor. Raises `UserError` for what is no model for question
+        answering, or cannot be loaded.
+        """
+        trained = load_trained(
+            name,
+            QuestionAnswering.name,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            defaults=PIPELINE_DEFAULTS,
+        )
+        return cls(trained, **settings)
+
+    def __call__(
+        self,
+        question: Any,
+        context: str | Sequence[str] | None = None,
+        *,
+        top_k: int = 1,
+        handle_impossible_answer: bool | None = None,
+        timeout: float | None = None,
+    ) -> Any:
+        """Answer one question (texts), several (a list of questions with a list of contexts or one for all, or a list
+        of pairs or mappings), or a stream of them (any other iterable of pairs or mappings).
+
+        Returns an `Answer` for a question, with `top_k` above 1 the list of its best ones; for a list a list of those,
+        and for a stream an iterator over them, in the same order. `handle_impossible_answer`: whether "" may be the
+        answer: by default if the model has a threshold for it; where it has none, "" competes by its probability.
+
+        Raises `InputError` (a `ValueError`) for an empty question or context and for a question that leaves no room
+        for a context, naming it, and `TimeoutError` if all this takes more than `timeout` seconds.
+        """
+        if top_k < 1:
+            raise InputError(f"top_k: {top_k} is less than 1")
+        how = (top_k, handle_impossible_answer, None if timeout is None else time.monotonic() + timeout)
+        if isinstance(question, str):
+            if not isinstance(context, str):
+                raise InputError("context: is not a text; to one question belongs one context")
+            return self._answer([(question, context)], *how)[0]
+        if context is None and not isinstance(question, Sequence):
+            return self._stream(iter(question), *how)
+        pairs = list(question) if context is None else _paired(question, context)
+        return list(self._stream(iter(pairs), *how))
+
+    def _stream(self, questions: Iterator[Question], *how: Any) -> Iterator[Any]:
+        """Answers in the order of `questions`, of which no more are taken than are answered together."""
+        count = itertools.count(1)
+        pairs = (_pair(question, f"question {next(count)}") for question in questions)
+        for chunk in _chunks(pairs):
+            yield from self._answer(chunk, *how)
+
+    def _answer(
+        self, pairs: list[tuple[str, str]], top_k: int, impossible: bool | None, deadline: float | None
+    ) -> list[Any]:
+        for question, context in pairs:
+            if problem := text_problem(question, context):
+                raise InputError(f"{problem} (question {question!r:.80})")
+        if impossible is None:
+            impossible = self.no_answer_threshold is not None
+        examples = [Example(str(i), question, context, (), ()) for i, (question, context) in enumerate(pairs)]
+        try:
+            with self._tokenizer_lock:
+                windows = self.task.windows(examples, whole_words=self.align_to_words)
+        except NoRoomError as error:
+            question = pairs[int(error.places[0])][0]
+            raise InputError(
+                f"the question has {error.lengths[0]:,} tokens, and may have {error.longest} to leave room for its "
+                f"context; shorten it ({question!r:.80})"
+            ) from None
+        # Some of the spans become one answer.
+        count = 2 * top_k + 10 if self.align_to_words else top_k
+        found = answers_of(self._spans(windows, count, deadline), windows, [context for _, context in pairs])
+        results = []
+        for (_, context), own in zip(pairs, found, strict=True):
+            answers = self._ranked(own, context, impossible)[:top_k]
+            results.append(answers[0] if top_k == 1 else answers)
+        return results
+
+    def _spans(
+        self, windows: QuestionAnsweringFeatures, count: int, deadline: float | None
+    ) -> dict[str, npt.NDArray[Any]]:
+        """The best spans of all windows, in their order. The model reads those of similar length together."""
+        batches = evaluation_batches(windows.lengths, self.batch_size)
+        parts: list[dict[str, npt.NDArray[Any]]] = []
+        for indices in batches:
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError(f"the time is up after {len(parts)} of {len(batches)} batches of windows")
+            batch = windows.collate(indices, self._multiple).to(self.device)
+            with torch.inference_mode(), self._model_lock:
+                output = self._model(**batch.inputs)
+                places = (batch.targets[name] for name in ("context_begin", "context_end", "cls"))
+                spans = best_spans(
+                    output.start_logits, output.end_logits, *places,
+                    count=count, max_answer_length=self.max_answer_length,
+                )  # fmt: skip
+                parts.append({name: tensor.cpu().numpy() for name, tensor in spans.items()})
+        order = np.argsort(np.concatenate(batches))
+        joined = {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}
+        if not np.isfinite(joined["null_probability"]).all():
+            raise UserError(
+                "the model's logits are not numbers: its weights are damaged, or they overflow in float16; use "
+                "bfloat16 or float32"
+            )
+        return joined
+
+    def _ranked(self, found: Found, context: str, impossible: bool) -> list[Answer]:
+        """All answers, best first."""
+        rest = {"no_answer_probability": found.no_answer_probability, "windows": found.windows}
+        answers = [
+            Answer(score=score, start=start, end=end, answer=context[start:end], **rest)
+            for score, start, end in found.answers
+        ]
+        if not impossible and answers:
+            return answers
+        none = Answer(score=found.no_answer_probability, start=0, end=0, answer="", **rest)
+        place = sum(answer["score"] >= none["score"] for answer in answers)
+        if self.no_answer_threshold is not None:  # which is first is for the threshold to say
+            place = 0 if found.null_odds > self.no_answer_threshold else max(place, 1)
+        answers.insert(place, none)
+        return answers
+
+
+def text_problem(question: Any, context: Any) -> str | None:
+    """What is wrong with a question and its context; None if nothing is."""
+    for name, text in (("question", question), ("context", context)):
+        if not isinstance(text, str):
+            return f"the {name} is not a text"
+        if not text.strip():
+            return f"the {name} is empty" if not text else f"the {name} holds nothing but blanks"
+        if not is_unicode(text):
+            return f"the {name} holds half of a surrogate pair, which is no character"
+    return None
+
+
+def _paired(questions: Sequence[str], contexts: str | Sequence[str]) -> list[tuple[str, str]]:
+    contexts = [contexts] * len(questions) if isinstance(contexts, str) else contexts
+    if len(questions) != len(contexts):
+        raise InputError(f"there are {len(questions):,} questions and {len(contexts):,} contexts")
+    return list(zip(questions, contexts, strict=True))
+
+
+def _pair(question: Question, place: str) -> tuple[str, str]:
+    try:
+        pair = (question["question"], question["context"]) if isinstance(question, Mapping) else tuple(question)
+    except (KeyError, TypeError):
+        pair = ()
+    if len(pair) != 2 or isinstance(question, str):
+        raise InputError(f"{place}: is neither a pair of question and context nor a mapping that has both")
+    return pair
+
+
+def _chunks(pairs: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    chunk: list[tuple[str, str]] = []
+    characters = 0
+    for pair in pairs:
+        chunk.append(pair)
+        characters += len(pair[1])
+        if len(chunk) == QUESTIONS_PER_CHUNK or characters > CHARACTERS_PER_CHUNK:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
