@@ -171,5 +171,6 @@ def hub_rules(config: RunConfig) -> list[Problem]:
 FOR_COMMAND: dict[str, list[Check]] = {
     "train": [_train_requirements, combinations, hub_rules],
     "evaluate": [_evaluate_requirements, combinations],
+    "predict": [_evaluate_requirements, combinations],
 }
 """Command -> what its settings must pass."""

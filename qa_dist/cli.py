@@ -5,9 +5,12 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
+
+import tyro
 
 from qa_dist import __version__, checks
 from qa_dist.config import RunConfig
@@ -23,6 +26,10 @@ COMMANDS = {
     "train": "Fine-tune a model and evaluate it after every epoch.",
     "launch": "Start train, evaluate or doctor on all GPUs of this machine, or of a SLURM job: launch train …",
     "evaluate": "Score a trained model: --model DIR --data.validation_file FILE --run.output_dir DIR.",
+    "predict": "Answer the questions of a data file: --model DIR --data.validation_file FILE --run.output_dir DIR.",
+    "answer": "Answer a question from a text, or a file of questions: --model DIR --question TEXT --context_file FILE.",
+    "serve": "Serve a page to ask a model on: --model DIR.",
+    "report": "Make one HTML page of a run's curves, figures and examples: report RUN [--compare OTHER_RUN].",
     "score": "Score a file of predictions as the official script does: --predictions FILE --data.validation_file FILE.",
     "prepare": "Read the data, show what is in them, and fill the cache, so that training starts at once.",
     "doctor": "Look at this machine and this launch: what is wrong, and with --model NAME what a model needs.",
@@ -74,6 +81,10 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         sys.exit(error.exit_code)
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def _tell(message: str) -> None:
     """Say it once on every node: what is wrong may be wrong on one of them alone."""
     rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
@@ -114,7 +125,13 @@ def _dispatch(args: list[str]) -> int:
     if command == "launch":
         from qa_dist.launching.command import launch
 
-        return launch(args, _settings_of, show=print, say=lambda text: print(text, file=sys.stderr, flush=True))
+        return launch(args, _settings_of, show=print, say=_say)
+    if command in ("answer", "serve"):
+        from qa_dist.inference import commands
+
+        return getattr(commands, command)(args, show=partial(print, flush=True), say=_say)
+    if command == "report":
+        return _report(args)
     if command.startswith("checkpoint "):
         return _checkpoint(command, args)
     if command == "hub push":
@@ -184,10 +201,10 @@ def _run(command: str, sources: list[Source], options: dict[str, str | None]) ->
     allow_changed = tuple(name for name in (options.get("allow_changed") or "").split(",") if name)
     resume = Resume(options.get("resume") or "none", allow_changed)
 
-    if command == "evaluate" and (model := _model_name(sources)):
+    if command in ("evaluate", "predict") and (model := _model_name(sources)):
         trained = Source()
         trained.put("model.config", None, model)  # the config file may be the one that the model was trained with
-        sources = [exported_settings(model), *sources, trained]
+        sources = [exported_settings(model, with_findings=command == "predict"), *sources, trained]
     to_check = [
         launch.problems,
         partial(_output_dir_is_free, launch, resume),
@@ -204,7 +221,7 @@ def _run(command: str, sources: list[Source], options: dict[str, str | None]) ->
         if command == "train":
             session.train(config, launch, resume)
         else:
-            session.evaluate_only(config, launch)
+            session.evaluate_only(config, launch, "unlabelled" if command == "predict" else "validation")
     except StoppedError as stop:
         _tell(f"qa-dist: {stop}")
         conclude(stop.exit_code, str(stop))
@@ -317,6 +334,23 @@ def _checkpoint(command: str, args: list[str]) -> int:
         table.add_row(one.path.name, *cells, one.problem or good)
     Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
     return 1 if any(one.problem for one in found) else 0
+
+
+def _report(args: list[str]) -> int:
+    from qa_dist.reporting.report import write_report
+
+    @dataclass
+    class Options:
+        run: tyro.conf.Positional[Path]
+        """The run directory."""
+        compare: Path | None = None
+        """Another run, whose figures and answers are set beside."""
+        output: Path | None = None
+        """The page; by default report.html in the run directory."""
+
+    options = tyro.cli(Options, args=args, prog="qa-dist report", description=COMMANDS["report"])
+    print(write_report(options.run, options.output, options.compare, _say))
+    return 0
 
 
 def _push(args: list[str]) -> int:

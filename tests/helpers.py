@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import yaml
@@ -190,5 +189,4 @@ def features_of(
     """The windows of `examples`, without a cache."""
     table = build_features(examples, tokenizer, max_length=max_length, stride=stride).combine_chunks()
     padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
-    loaded: Any = SimpleNamespace(data=table, column_names=table.column_names)
-    return QuestionAnsweringFeatures(loaded, "key", padding, lambda: Examples(list(examples)), padding_side)
+    return QuestionAnsweringFeatures(table, "key", padding, lambda: Examples(list(examples)), padding_side)

@@ -27,7 +27,7 @@ Starts `qa-dist COMMAND ARGUMENTS` on all GPUs of this machine, or of every node
 NUMBERS = ("num_machines", "machine_rank", "num_processes", "main_process_port")
 PATIENCE_SECONDS = 3
 """How long a task of several that failed waits for the others to say what is the matter with them."""
-COMMANDS = ("train", "evaluate", "doctor")
+COMMANDS = ("train", "evaluate", "predict", "doctor")
 """Those that run on several processes."""
 
 

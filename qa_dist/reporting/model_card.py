@@ -9,7 +9,6 @@ import contextlib
 import io
 import json
 import re
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 from qa_dist.config import DataConfig, RunConfig
 from qa_dist.config_sources import from_yaml, leaves, resolve
 from qa_dist.errors import UserError, listing
+from qa_dist.reporting.untrusted import file_name, hub_id, is_count, is_number, plain
 from qa_dist.tasks import Task, task_class
 
 CURVES = "curves.png"
@@ -35,8 +35,6 @@ SHOWN_IF_CHANGED = re.compile(
     r"|evaluation\.(n_best|max_answer_length|null_score_diff_threshold)|run\.(export|export_dtype)"
 )
 """Settings that the card tells, the latter where they are not the default. None can hold a text of the user's."""
-LONGEST_TEXT = 200
-"""Characters of an untrusted text that are shown."""
 MOST_POINTS = 1000
 """Of a curve; of more steps, means are drawn."""
 
@@ -74,7 +72,7 @@ def model_card(run: Path, repo_id: str, *, license: str | None = None) -> str:
 
 def base_model(run: Path) -> str | None:
     """The Hub's id of the model that the training in `run` started from; None where it was not one of the Hub's."""
-    return _hub_id(config.model.name) if (config := _config(run)) else None
+    return hub_id(config.model.name) if (config := _config(run)) else None
 
 
 # ---------------------------------------------------------------------------------------- the run directory
@@ -98,14 +96,14 @@ class _Run:
         metrics, status, environment = (
             next(iter(_objects(run / f"{name}.json")), {}) for name in ("metrics", "status", "environment")
         )
-        lines = [row for row in _objects(run / "metrics.jsonl") if _is_count(row.get("step"))]
+        lines = [row for row in _objects(run / "metrics.jsonl") if is_count(row.get("step"))]
         rows: Any = metrics.get("history")
         rows = rows if isinstance(rows, list) else [row for row in lines if row.get("kind") == "evaluation"]
-        rows = [row for row in rows if isinstance(row, dict) and _is_count(row.get("epoch"), row.get("step"))]
+        rows = [row for row in rows if isinstance(row, dict) and is_count(row.get("epoch"), row.get("step"))]
         rows.sort(key=lambda row: (row["epoch"], row["step"]))
         # a step that was done again counts as it was done last
         losses = {row["step"]: row.get("loss") for row in lines if row.get("kind") == "train"}
-        drawn: Any = sorted((step, loss) for step, loss in losses.items() if _is_number(loss))
+        drawn: Any = sorted((step, loss) for step, loss in losses.items() if is_number(loss))
         return cls(_config(run), metrics, rows, drawn, {"launch": status.get("launch")} | environment)
 
     @property
@@ -119,7 +117,7 @@ class _Run:
 
     def points(self, x: str, name: str) -> list[tuple[int, float]]:
         """A figure of every epoch, over `x`, which is step or epoch."""
-        return [(row[x], row[name]) for row in self.history if _is_number(row.get(name))]
+        return [(row[x], row[name]) for row in self.history if is_number(row.get(name))]
 
     @property
     def panels(self) -> list[Callable[[Any, "_Run"], None]]:
@@ -153,52 +151,20 @@ def _objects(path: Path) -> list[dict[str, Any]]:
     return [one for one in found if isinstance(one, dict)]
 
 
-def _is_count(*values: Any) -> bool:
-    return all(type(value) is int and 0 <= value < 2**53 for value in values)
-
-
-def _is_number(value: Any) -> bool:
-    """Whether tables and plots can show it."""
-    return type(value) in (int, float) and -1e15 < value < 1e15  # NaN is not between them either
-
-
-def _plain(value: Any) -> str:
-    """One line, without control characters and halves of characters, which YAML and UTF-8 do not have."""
-    text = "".join(" " if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in str(value)[:LONGEST_TEXT])
-    return " ".join(text.split())
-
-
 def _escaped(value: Any) -> str:
     """`value` for Markdown: the middle of a line, or a cell of a table."""
-    text = re.sub(r"([\\`*_\[\]<>&~$@])", r"\\\1", _plain(value))
+    text = re.sub(r"([\\`*_\[\]<>&~$@])", r"\\\1", plain(value))
     return text.replace("|", "&#124;")  # in tables, not every renderer knows a backslash before it
-
-
-def _file_name(path: str) -> str:
-    """The last part of a path of any system, or of a URL."""
-    path = re.split(r"[?#]", path)[0] if "://" in path else path  # behind them stand credentials
-    *parents, name = map(_plain, re.split(r"[/\\]+", path.rstrip("/\\")))
-    is_home = name.startswith("~") or (parents and parents[-1] in ("home", "Users"))  # a user's name
-    return "unnamed" if is_home or not name.strip(".") else name
-
-
-def _hub_id(name: str | None) -> str | None:
-    """`name` if it can be an id on the Hub, whose users have no dots in their names, and is nothing that lies here."""
-    try:
-        validate_repo_id(name)
-        return name if name and "." not in name.rpartition("/")[0] and not Path(name).exists() else None
-    except (ValueError, OSError):
-        return None
 
 
 def _named(name: str, kind: str = "") -> str:
     """A link to what lies on the Hub, or the last part of a path; `kind` is datasets/ or, for models, empty."""
-    found = _hub_id(name)
-    return f"[{_escaped(found)}](https://huggingface.co/{kind}{found})" if found else _escaped(_file_name(name))
+    found = hub_id(name)
+    return f"[{_escaped(found)}](https://huggingface.co/{kind}{found})" if found else _escaped(file_name(name))
 
 
 def _shown(value: Any) -> str:
-    return "–" if not _is_number(value) else str(value) if isinstance(value, int) else f"{value:.3f}"
+    return "–" if not is_number(value) else str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -207,13 +173,13 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _metadata(read: _Run, repo_id: str, license: str | None) -> ModelCardData:
     config, results = read.config or RunConfig(), _eval_results(read)
-    base, dataset = _hub_id(config.model.name), _hub_id(config.data.dataset)
+    base, dataset = hub_id(config.model.name), hub_id(config.data.dataset)
     return ModelCardData(
         base_model=base if base != repo_id else None,
         datasets=[dataset] if dataset else None,
         eval_results=results or None,
         library_name="transformers",
-        license=_plain(license or "") or "unknown",
+        license=plain(license or "") or "unknown",
         metrics=[result.metric_type for result in results] or None,
         model_name=repo_id.split("/")[-1] if results else None,
         pipeline_tag=read.task.card.pipeline_tag,
@@ -230,7 +196,7 @@ def _eval_results(read: _Run) -> list[EvalResult]:
     return [
         EvalResult(card.pipeline_tag, metric_type=metric_type, metric_value=value, metric_name=names[name], **data)
         for name, metric_type in card.metrics.items()
-        if _is_number(value := read.metrics.get(name))
+        if is_number(value := read.metrics.get(name))
     ]
 
 
@@ -238,12 +204,12 @@ def _validation_data(data: DataConfig) -> dict[str, str]:
     """What a model was evaluated on, in the words of `EvalResult`."""
     slug, name, split, subset = "synthetic", "synthetic", "validation", {}
     if data.dataset is not None:
-        name = _hub_id(data.dataset) or _file_name(data.dataset)
-        slug = _hub_id(data.dataset) or _slug(name)
-        split = _plain((data.train_split if data.validation_share else data.validation_split) or "") or split
-        subset = {"dataset_config": found} if (found := _plain(data.dataset_config or "")) else {}
+        name = hub_id(data.dataset) or file_name(data.dataset)
+        slug = hub_id(data.dataset) or _slug(name)
+        split = plain((data.train_split if data.validation_share else data.validation_split) or "") or split
+        subset = {"dataset_config": found} if (found := plain(data.dataset_config or "")) else {}
     elif data.synthetic is None:
-        names = [_file_name(file) for file in (data.train_file if data.validation_share else data.validation_file)]
+        names = [file_name(file) for file in (data.train_file if data.validation_share else data.validation_file)]
         name = listing(names, 3) or "unnamed"
         slug = _slug(names[0] if names else "")
     return {"dataset_type": slug, "dataset_name": name, "dataset_split": split, **subset}
@@ -271,7 +237,7 @@ def _results(read: _Run) -> list[str]:
     """Headline figures, what else the evaluation found, every epoch, and the plot."""
     headline, card, metrics = read.task.headline, read.task.card, read.metrics
     own = ("epoch", "history", "train_seconds")
-    figures = {name: _shown(value) for name, value in metrics.items() if name not in own and _is_number(value)}
+    figures = {name: _shown(value) for name, value in metrics.items() if name not in own and is_number(value)}
     sections = []
     if found := [name for name in headline if name in figures]:
         data = _validation_data(read.config.data) if read.config else {}
@@ -297,7 +263,7 @@ def _training(read: _Run) -> list[str]:
     launch, hardware, software = (read.environment.get(name) for name in ("launch", "hardware", "software"))
     hardware = hardware if isinstance(hardware, list) else []
     software = software.items() if isinstance(software, dict) else []
-    seconds = read.metrics["train_seconds"] if _is_number(read.metrics.get("train_seconds")) else None
+    seconds = read.metrics["train_seconds"] if is_number(read.metrics.get("train_seconds")) else None
     items = {
         "Weights": ", ".join(f"{key} {read.exported[key]}" for key in ("epoch", "step") if read.exported),
         "Launch": _escaped(launch) if isinstance(launch, str) else "",
@@ -333,7 +299,7 @@ def _data(data: DataConfig) -> list[str]:
         name = _named(data.dataset, "datasets/") + (f", {_escaped(data.dataset_config)}" if data.dataset_config else "")
         splits = [f"{name}, split {_escaped(s)}" if s else "" for s in (data.train_split, data.validation_split)]
     else:
-        splits = [_escaped(listing([_file_name(file) for file in f])) for f in (data.train_file, data.validation_file)]
+        splits = [_escaped(listing([file_name(file) for file in f])) for f in (data.train_file, data.validation_file)]
     if data.validation_share:
         splits[1] = f"a share of {data.validation_share} of these, in whole contexts, that was not trained on"
     lines = [f"- {name}: {text}" for name, text in zip(("Training", "Validation"), splits, strict=True) if text]

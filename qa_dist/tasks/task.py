@@ -5,9 +5,9 @@ The training loop, the evaluation, the checkpoints and the reports know a task b
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +57,8 @@ class FeatureSet(ABC):
     """Tokens of each feature, without padding, [num_features]."""
     fingerprint: str
     """Key of everything the features depend on; all ranks must have the same."""
+    labelled: bool = True
+    """Whether the data say what is right; else there is neither loss nor score, only predictions."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -96,6 +98,102 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """A part of an example's text, `text[start:end]`, that is expected to be found, or was."""
+
+    kind: Literal["gold", "predicted"]
+    start: int
+    end: int
+    label: str = ""
+    """What the part is, such as the type of an entity; empty where a task has but one kind."""
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One of the outputs that the model weighed for an example."""
+
+    text: str
+    """Empty for "nothing"."""
+    probability: float
+    span: tuple[int, int] | None = None
+    """Where it stands in the example's text, if it does: first character and one past the last."""
+
+
+@dataclass(frozen=True)
+class ReviewedExample:
+    """An example, what the model made of it, and how good that is."""
+
+    id: str
+    heading: str
+    """What is shown of it in a list, such as the question."""
+    text: str
+    """What it was to be found in, such as the context."""
+    expected: tuple[str, ...]
+    """The accepted outputs, as texts; none where nothing was to be found."""
+    predicted: str
+    """The output, as a text; empty for "nothing"."""
+    is_right: bool
+    """Whether the output is an accepted one."""
+    figures: Mapping[str, float]
+    """Figure -> its value for this example, in percent; the same figures for all."""
+    groups: Mapping[str, str]
+    """Grouping -> the group that the example belongs to."""
+    outcomes: tuple[str, ...] = ()
+    """What it can be filtered by, beside being right or wrong; names in `Review.outcomes`."""
+    marks: tuple[Mark, ...] = ()
+    """They may overlap."""
+    confidence: float | None = None
+    """The probability that the model gives to its output, 0 to 1."""
+    alternatives: tuple[Alternative, ...] = ()
+    """The likeliest first; the output is among them."""
+
+
+@dataclass(frozen=True)
+class ReviewCurve:
+    """Figures as functions of something, such as of a threshold."""
+
+    title: str
+    x: str
+    """What the horizontal axis is."""
+    series: Mapping[str, Sequence[tuple[float, float]]]
+    """Name -> (x, y), in the order of x."""
+    marked: Mapping[str, float] = field(default_factory=dict)
+    """Name -> the x that is marked with it."""
+
+
+@dataclass(frozen=True)
+class ReviewTable:
+    """Figures that are no means over groups of examples, such as a confusion matrix."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str | float, ...]]
+    """The first cell of each is its name."""
+
+
+@dataclass
+class Review:
+    """An evaluation, example by example, for people who want to know where a model is wrong."""
+
+    examples: list[ReviewedExample]
+    """Those that there are predictions for, in the order of the data."""
+    names: tuple[str, str]
+    """What the examples' headings and texts are, such as question and context."""
+    nothing: str
+    """How an empty output is called, such as no answer."""
+    figures: Mapping[str, str]
+    """Figure -> how it is called; the means of the examples' figures are the task's."""
+    groupings: Mapping[str, Sequence[str]]
+    """Grouping -> all of its groups, in the order in which they are shown."""
+    outcomes: Mapping[str, str] = field(default_factory=dict)
+    """Outcome -> how it is called."""
+    curves: list[ReviewCurve] = field(default_factory=list)
+    tables: list[ReviewTable] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Remarks for the user, such as on examples without a prediction."""
+
+
+@dataclass(frozen=True)
 class CardWords:
     """What the model card of a task's models says, and how the Hugging Face Hub calls it."""
 
@@ -124,6 +222,10 @@ class Task(ABC):
     headline: ClassVar[dict[str, str]]
     """Metric -> how the console calls it, for the table of epochs."""
     card: ClassVar[CardWords]
+    found_settings: ClassVar[dict[str, str]] = {}
+    """Finding of an evaluation -> the setting for which it is the best value."""
+    evaluation_files: ClassVar[tuple[str, ...]]
+    """Names of those of `Score.files` that `review` reads."""
 
     tokenizer: PreTrainedTokenizerBase
 
@@ -149,3 +251,11 @@ class Task(ABC):
     @abstractmethod
     def score(self, outputs: dict[str, npt.NDArray[Any]], features: FeatureSet) -> Score:
         """Score the `outputs` of all features, in the order of `features`. Called on the main process only."""
+
+    @abstractmethod
+    def review(self, files: Mapping[str, Any], features: FeatureSet) -> Review:
+        """What an evaluation of `features` found, example by example.
+
+        `files` are those of `evaluation_files` that could be read: name -> JSON content, which anyone may have changed.
+        Raises `UserError` where they are not of an evaluation of these examples.
+        """

@@ -17,18 +17,10 @@ EXAMPLES = synthetic.generate(SyntheticConfig(train_examples=12, long_share=0.5,
 TOKENIZER = wordpiece_tokenizer(synthetic.texts(EXAMPLES))
 
 
-class Table:
-    """The part of a `datasets.Dataset` that features read."""
-
-    def __init__(self, table):
-        self.data = table
-        self.column_names = table.column_names
-
-
 def make_features(max_length: int, stride: int) -> QuestionAnsweringFeatures:
     table = build_features(EXAMPLES, TOKENIZER, max_length=max_length, stride=stride).combine_chunks()
     padding = {"input_ids": 0, "token_type_ids": 0}
-    return QuestionAnsweringFeatures(Table(table), "key", padding, lambda: Examples(EXAMPLES))  # pyright: ignore[reportArgumentType]
+    return QuestionAnsweringFeatures(table, "key", padding, lambda: Examples(EXAMPLES))
 
 
 FEATURES = make_features(72, 20)

@@ -82,7 +82,7 @@ def _example(record: Record, example_id: str, wrong: dict[str, list[str]]) -> Ex
         if not isinstance(text, str) or not text.strip():
             wrong[f"the {key} is missing, empty or not a text"].append(where)
             good = False
-        elif not _is_unicode(text):
+        elif not is_unicode(text):
             wrong[f"the {key} holds half of a surrogate pair, which is no character"].append(where)
             good = False
     answers: list[tuple[str, int]] = []
@@ -128,7 +128,8 @@ def _answers(values: Mapping[str, Any]) -> list[tuple[str, int]]:
     return pairs
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8: JSON can spell half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:

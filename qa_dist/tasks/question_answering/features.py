@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import datasets
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -26,6 +25,19 @@ WINDOWS_PER_CHUNK = 20_000
 """Windows assembled at a time; bounds the memory that building features needs beside the result."""
 CHARACTERS_PER_TEXT = 2**32
 """Offset between the character positions of two contexts when all are searched as one array."""
+
+
+class NoRoomError(UserError):
+    """Questions that leave no room for their contexts."""
+
+    def __init__(self, message: str, places: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], longest: int):
+        super().__init__(message)
+        self.places = places
+        """Positions of their examples."""
+        self.lengths = lengths
+        """Their tokens."""
+        self.longest = longest
+        """Tokens that a question may have."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,8 @@ class EncodedTexts:
     """One past the last character of every token."""
 
 
-def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> EncodedTexts:
+def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, whole_words: bool = False) -> EncodedTexts:
+    """`whole_words`: a token's characters are those of the word that it is a part of."""
     encoded = tokenizer(
         list(texts),
         add_special_tokens=False,
@@ -99,11 +112,32 @@ def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> EncodedT
         np.int64,
         count=2 * total,
     ).reshape(-1, 2)
+    if whole_words:
+        words = [-1 if word is None else word for part in encoded.encodings or () for word in part.word_ids]
+        offsets = _of_whole_words(offsets, np.array(words, dtype=np.int64), np.repeat(np.arange(len(texts)), lengths))
     return EncodedTexts(Ragged.from_lengths(values, lengths), offsets[:, 0], offsets[:, 1])
 
 
+def _of_whole_words(
+    offsets: npt.NDArray[np.int64], words: npt.NDArray[np.int64], owner: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """`offsets` [tokens, 2] widened from the first character of each token's word to the last; tokens of word -1
+    belong to none. `owner` is each token's text, whose words are counted from 0."""
+    is_first = (words != np.roll(words, 1)) | (owner != np.roll(owner, 1)) | (words < 0)
+    is_first[:1] = True
+    first = np.flatnonzero(is_first)
+    last = np.append(first[1:], len(words)) - 1
+    word = np.cumsum(is_first) - 1
+    return np.stack((offsets[first, 0][word], offsets[last, 1][word]), axis=1)
+
+
 def build_features(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int, stride: int
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    stride: int,
+    whole_words: bool = False,
 ) -> pa.Table:
     """One row per window of every example, in order.
 
@@ -111,14 +145,15 @@ def build_features(
     (without padding), `context_begin` and `context_end` (the window's context tokens, as positions in
     `input_ids`), `cls` (position of the classification token), `start_position` and `end_position` (first and
     last token of the answer; both `cls` where the window does not hold it whole), `char_starts` and `char_ends`
-    (characters of each context token, in the context).
+    (characters of each context token, in the context; with `whole_words` those of the token's word).
 
-    Raises `UserError` when a question leaves no room for its context.
+    Raises `NoRoomError` when a question leaves no room for its context.
     """
     template = PairTemplate.of(tokenizer)
     question_rows, questions = distinct([example.question for example in examples])
     context_rows, contexts = distinct([example.context for example in examples])
-    encoded_questions, encoded_contexts = encode(questions, tokenizer), encode(contexts, tokenizer)
+    encoded_questions = encode(questions, tokenizer)
+    encoded_contexts = encode(contexts, tokenizer, whole_words=whole_words)
     question_lengths = encoded_questions.ids.lengths[question_rows]
     context_lengths = encoded_contexts.ids.lengths[context_rows]
     room = max_length - template.num_special - question_lengths
@@ -175,12 +210,13 @@ def _require_room(
         return
     places = np.flatnonzero(too_long)
     worst = [f"{examples[int(i)].id!r} ({question_lengths[i]:,} tokens)" for i in places]
-    most = max_length - template.num_special - stride - 1
-    raise UserError(
+    most = max(max_length - template.num_special - stride - 1, 0)
+    message = (
         f"{len(places):,} questions leave no room for their context: {listing(worst)}. With data.max_length "
-        f"{max_length} and data.stride {stride} a question may have {max(most, 0)} tokens: shorten the questions, "
-        "raise data.max_length or lower data.stride"
+        f"{max_length} and data.stride {stride} a question may have {most} tokens: shorten the questions, raise "
+        "data.max_length or lower data.stride"
     )
+    raise NoRoomError(message, places, question_lengths[places], most)
 
 
 def _answer_tokens(
@@ -254,21 +290,26 @@ class QuestionAnsweringFeatures(FeatureSet):
 
     def __init__(
         self,
-        table: datasets.Dataset,
+        columns: pa.Table,
         fingerprint: str,
         padding: dict[str, int],
         examples: Callable[[], Examples],
         padding_side: str = "right",
         max_length: int | None = None,
+        labelled: bool = True,
     ):
-        """`padding` has the value that fills up each list of the table's tokens, on `padding_side`. Nothing is
-        padded to more than `max_length`, for which alone the model is known to have positions."""
-        columns = table.data
+        """`columns` are those of `build_features`, in one chunk each. `padding` has the value that fills up each list
+        of tokens, on `padding_side`. Nothing is padded to more than `max_length`, for which alone the model is known
+        to have positions."""
         self.fingerprint = fingerprint
-        self._examples = examples
+        self.examples = examples
+        """What the windows were cut from; read when first called."""
+        self.labelled = labelled
         self._padding = padding
         self._pad_left = padding_side == "left"
-        self.tokens = {name: Ragged.from_arrow(columns.column(name)) for name in padding if name in table.column_names}
+        self.tokens = {
+            name: Ragged.from_arrow(columns.column(name)) for name in padding if name in columns.column_names
+        }
         """`input_ids` and, where the model reads them, `token_type_ids`."""
         self.lengths = self.tokens["input_ids"].lengths
         self._widest = max(max_length, int(self.lengths.max(initial=0))) if max_length else None
@@ -284,18 +325,21 @@ class QuestionAnsweringFeatures(FeatureSet):
 
     @property
     def notes(self) -> list[str]:
-        return self._examples().notes
+        return self.examples().notes
 
     def summary(self) -> dict[str, str]:
-        examples = self._examples().items
+        examples = self.examples().items
         answers = [len(example.answers) for example in examples]
         unanswerable = answers.count(0)
         padded = len(self) * int(self.lengths.max())
+        about_answers = {
+            "unanswerable": f"{unanswerable:,} ({unanswerable / len(examples):.0%})",
+            "answers per question": f"{sum(answers) / len(examples):.2f}",
+        }
         return {
             "examples": f"{len(examples):,}",
             "contexts": f"{len({example.context for example in examples}):,}",
-            "unanswerable": f"{unanswerable:,} ({unanswerable / len(examples):.0%})",
-            "answers per question": f"{sum(answers) / len(examples):.2f}",
+            **(about_answers if self.labelled else {}),
             "windows": f"{len(self):,}",
             "tokens: mean": f"{self.lengths.mean():.0f}",
             "tokens: 95th percentile": f"{np.percentile(self.lengths, 95):.0f}",
@@ -313,7 +357,7 @@ class QuestionAnsweringFeatures(FeatureSet):
 
     def names(self, indices: npt.NDArray[np.integer]) -> list[str]:
         """The ids of the windows' examples."""
-        examples = self._examples().items
+        examples = self.examples().items
         return [examples[i].id for i in self.example[indices].tolist()]
 
     def collate(self, indices: npt.NDArray[np.integer], multiple: int = 8) -> Batch:

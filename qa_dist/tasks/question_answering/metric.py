@@ -15,6 +15,9 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
 _ARTICLE_WORDS = frozenset(("a", "an", "the"))
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
+NO_ANSWER_ODDS = 1e6
+"""Null odds of an example whose windows hold no token that could be an answer."""
+
 
 def normalized_words(text: str) -> list[str]:
     """The words of the text in lower case, without ASCII punctuation and English articles."""

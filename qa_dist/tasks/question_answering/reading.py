@@ -16,6 +16,9 @@ import pyarrow.parquet
 
 from qa_dist.errors import UserError, listing
 
+QUESTION_FIELDS = ("id", "question", "context")
+"""Of an example, without what is known of its answers."""
+
 
 class Record(NamedTuple):
     """One example as it stands in a file, under our names for its fields."""
@@ -42,11 +45,12 @@ def expand(patterns: Sequence[str], key: str) -> list[Path]:
     return list(paths)
 
 
-def read_file(path: Path, columns: Mapping[str, str]) -> list[Record]:
+def read_file(path: Path, columns: Mapping[str, str], labelled: bool = True) -> list[Record]:
     """Read SQuAD's nested JSON, a flat JSON list (bare or under "data"), JSON lines, CSV, TSV or Parquet; each may
     be compressed with gzip.
 
-    `columns` maps our field names to those of the file, where they differ. Raises `UserError` for a file that is
+    `columns` maps our field names to those of the file, where they differ. If not `labelled`, answers are neither
+    needed nor looked at. Raises `UserError` for a file that is
     missing, empty, damaged, or in none of these forms.
     """
     try:
@@ -70,7 +74,7 @@ def read_file(path: Path, columns: Mapping[str, str]) -> list[Record]:
         records = list(_table(path, text)) if kind.lower() in (".csv", ".tsv") else _json(path, text)
     if not records:
         raise UserError(f"{path}: holds no examples")
-    return with_our_names(records, columns, str(path))
+    return with_our_names(records, columns, str(path), labelled)
 
 
 # -------------------------------------------------------------------------------------------------- JSON
@@ -176,12 +180,17 @@ def _parquet(path: Path, data: bytes) -> Iterator[Record]:
 # --------------------------------------------------------------------------------------------- field names
 
 
-def with_our_names(records: Sequence[Record], columns: Mapping[str, str], name: str) -> list[Record]:
+def with_our_names(
+    records: Sequence[Record], columns: Mapping[str, str], name: str, labelled: bool = True
+) -> list[Record]:
     """The records with `columns` renamed, and with answers that a table keeps as text, or as two columns, put into
-    the form that JSON has. Raises `UserError` for columns that no record has."""
+    the form that JSON has; if not `labelled`, without any answers. Raises `UserError` for columns that no record has.
+    """
     present = dict.fromkeys(key for record in records for key in record.values)
     wanted = {key: columns.get(key, key) for key in ("question", "context")}
-    if not any(columns.get(key, key) in present for key in ("answers", "answer_text", "is_impossible")):
+    if not labelled:
+        columns = {ours: columns[ours] for ours in QUESTION_FIELDS if ours in columns}
+    elif not any(columns.get(key, key) in present for key in ("answers", "answer_text", "is_impossible")):
         wanted["answers"] = columns.get("answers", "answers")
     elif "answers" not in columns and columns.get("answer_text", "answer_text") in present:
         wanted["answer_start"] = columns.get("answer_start", "answer_start")
@@ -192,7 +201,14 @@ def with_our_names(records: Sequence[Record], columns: Mapping[str, str], name: 
             f"{listing([repr(column) for column in present], limit=20)}. Say which is which with data.columns, such as "
             "{context: passage}"
         )
+    if not labelled:
+        return [Record(_asked(record.values, columns), record.place) for record in records]
     return [Record(_renamed(record.values, columns), record.place) for record in records]
+
+
+def _asked(values: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
+    names = {ours: columns.get(ours, ours) for ours in QUESTION_FIELDS}
+    return {ours: values[theirs] for ours, theirs in names.items() if theirs in values} | {"answers": []}
 
 
 def _renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:

@@ -23,8 +23,9 @@ class Split:
     def __init__(self, config: DataConfig, name: str):
         self.config = config
         self.name = name
-        """train or validation."""
+        """train, validation, or unlabelled: validation examples whose answers, if they have any, are not looked at."""
         self.is_training = name == "train"
+        self.is_labelled = name != "unlabelled"
 
     @property
     def exists(self) -> bool:
@@ -75,13 +76,17 @@ class Split:
         """The examples, checked. Raises `UserError` for what cannot be read or used."""
         config = self.config
         if config.synthetic is not None:
-            examples = Examples(synthetic.generate(config.synthetic, self.name))
+            examples = Examples(synthetic.generate(config.synthetic, "train" if self.is_training else "validation"))
         else:
             records = self._records()
             if self._is_cut:
                 held_out = held_out_contexts(records, config.validation_share)
                 records = [r for r in records if (r.values.get("context") in held_out) != self.is_training]
-            what = "the training examples" if self.is_training else "the validation examples"
+            what = {"train": "the training examples", "validation": "the validation examples"}.get(
+                self.name, "the data"
+            )
+            if not self.is_labelled:
+                config = config.model_copy(update={"unanswerable": "allow"})
             examples = data.check_records(records, config, what, training=self.is_training)
         if self._limit is not None:
             if self._limit > len(examples.items):
@@ -97,10 +102,10 @@ class Split:
         columns = self.config.columns
         if self._files:
             files = reading.expand(self._files, self._files_key)
-            return [record for file in files for record in reading.read_file(file, columns)]
+            return [record for file in files for record in reading.read_file(file, columns, self.is_labelled)]
         name = f"{self.config.dataset} ({self._dataset_split})"
         rows = [Record(row, f"{name}, row {i + 1}") for i, row in enumerate(self._dataset.to_list())]
-        return reading.with_our_names(rows, columns, name)
+        return reading.with_our_names(rows, columns, name, self.is_labelled)
 
     @cached_property
     def _dataset(self) -> datasets.Dataset:

@@ -3,13 +3,14 @@
 import inspect
 import math
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import tokenizers
 import torch
 import torch.nn.functional as F
@@ -19,12 +20,13 @@ from transformers import AutoModelForQuestionAnswering
 from qa_dist.config import RunConfig
 from qa_dist.tasks.cache import cached_table, fingerprint
 from qa_dist.tasks.question_answering import characters, data, features, synthetic
+from qa_dist.tasks.question_answering import review as reviewing
 from qa_dist.tasks.question_answering.characters import spans_of_whole_characters
 from qa_dist.tasks.question_answering.decoding import Answers, candidates, decode, repeated
 from qa_dist.tasks.question_answering.features import QuestionAnsweringFeatures
-from qa_dist.tasks.question_answering.metric import best_threshold, score_each, score_predictions
+from qa_dist.tasks.question_answering.metric import NO_ANSWER_ODDS, best_threshold, score_each, score_predictions
 from qa_dist.tasks.question_answering.splits import Split
-from qa_dist.tasks.task import Batch, CardWords, FeatureSet, Score, Task
+from qa_dist.tasks.task import Batch, CardWords, FeatureSet, Review, Score, Task
 from qa_dist.tasks.tokenizer import load_tokenizer, train_tokenizer
 
 
@@ -48,10 +50,17 @@ class QuestionAnswering(Task):
         "expect it to be right less often than the figures above say.",
     )
 
+    evaluation_files: ClassVar[tuple[str, ...]] = (reviewing.PREDICTIONS, reviewing.N_BEST, reviewing.NULL_ODDS)
+
+    found_settings: ClassVar[dict[str, str]] = {
+        "no_answer_threshold": "evaluation.null_score_diff_threshold",
+    }
+
     def __init__(self, config: RunConfig):
         self.config = config
         self.train_examples = Split(config.data, "train")
         self.validation_examples = Split(config.data, "validation")
+        self.unlabelled_examples = Split(config.data, "unlabelled")
         if config.model.name or config.model.tokenizer:
             self.tokenizer = load_tokenizer(config.model)
         else:
@@ -72,7 +81,8 @@ class QuestionAnswering(Task):
         )
 
     def features(self, split: str) -> FeatureSet | None:
-        source = self.train_examples if split == "train" else self.validation_examples
+        sources = (self.train_examples, self.validation_examples, self.unlabelled_examples)
+        source = next(source for source in sources if source.name == split)
         if not source.exists:
             return None
         settings = self.config.data
@@ -94,12 +104,26 @@ class QuestionAnswering(Task):
             )
 
         table = cached_table(settings.cache_dir, key, build)
+        return self._features(table, key, lambda: source.loaded, labelled=source.is_labelled)
+
+    def windows(self, examples: list[data.Example], *, whole_words: bool = False) -> QuestionAnsweringFeatures:
+        """Those of `examples`, in memory; with `whole_words` their tokens have the characters of whole words.
+
+        Raises `NoRoomError` when a question leaves no room for its context.
+        """
+        sizes = {"max_length": self.config.data.max_length, "stride": self.config.data.stride}
+        table = features.build_features(examples, self.tokenizer, **sizes, whole_words=whole_words)
+        return self._features(table.combine_chunks(), "", lambda: data.Examples(examples), labelled=False)
+
+    def _features(
+        self, table: pa.Table, key: str, examples: Callable[[], data.Examples], *, labelled: bool
+    ) -> QuestionAnsweringFeatures:
         padding = {
             "input_ids": int(self.tokenizer.pad_token_id or 0),  # pyright: ignore[reportArgumentType]
             "token_type_ids": self.tokenizer.pad_token_type_id,
         }
-        side = self.tokenizer.padding_side
-        return features.QuestionAnsweringFeatures(table, key, padding, lambda: source.loaded, side, settings.max_length)
+        side, longest = self.tokenizer.padding_side, self.config.data.max_length
+        return QuestionAnsweringFeatures(table, key, padding, examples, side, longest, labelled)
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """Mean of the cross-entropies of the start and of the end position."""
@@ -117,26 +141,30 @@ class QuestionAnswering(Task):
         return candidates(output.start_logits, output.end_logits, *spans, n_best=n_best)
 
     def score(self, outputs: dict[str, npt.NDArray[Any]], features: FeatureSet) -> Score:
-        examples = self.validation_examples.loaded.items
+        assert isinstance(features, QuestionAnsweringFeatures)  # what self.features made
+        examples = features.examples().items
         settings = self.config.evaluation
         answers = decode(
             outputs,
-            features,  # pyright: ignore[reportArgumentType] -- what self.features made
+            features,
             len(examples),
             n_best=settings.n_best,
             max_answer_length=settings.max_answer_length,
         )
         v2 = self.config.data.unanswerable == "allow"
-        texts = _texts(answers, features, examples, v2, settings.null_score_diff_threshold)  # pyright: ignore[reportArgumentType]
+        texts = _texts(answers, features, examples, v2, settings.null_score_diff_threshold)
         references = {example.id: example.answers for example in examples}
         files: dict[str, Any] = {
             "predictions.json": texts.predictions,
-            "predictions_summary.json": _summary(texts, references),
+            "predictions_summary.json": _summary(texts, references, features.labelled),
             "nbest_predictions.json": texts.n_best,
         }
+        if v2:
+            files["null_odds.json"] = texts.null_odds
+        if not features.labelled:
+            return Score({}, files)
         if not v2:
             return Score(score_predictions(texts.predictions, references, v2=False), files)
-        files["null_odds.json"] = texts.null_odds
         # What exceeds the threshold is already predicted to be empty.
         metrics = score_predictions(
             texts.predictions, references, v2=True, null_odds=texts.null_odds, na_prob_thresh=math.inf
@@ -144,6 +172,14 @@ class QuestionAnswering(Task):
         headline = {"exact_match": metrics["exact"], "f1": metrics["f1"]}
         threshold = _tuned_threshold(texts, list(references.values()))
         return Score(headline | metrics, files, {"no_answer_threshold": threshold})
+
+    def review(self, files: Mapping[str, Any], features: FeatureSet) -> Review:
+        assert isinstance(features, QuestionAnsweringFeatures)  # what self.features made
+        examples = features.examples().items
+        windows = np.bincount(features.example, minlength=len(examples))
+        v2 = self.config.data.unanswerable == "allow"
+        threshold = self.config.evaluation.null_score_diff_threshold if v2 else None
+        return reviewing.review(examples, windows, files, threshold)
 
 
 USAGE = string.Template('''With transformers (5 and newer have no pipeline for question answering):
@@ -205,13 +241,13 @@ class _Texts(NamedTuple):
     """Id -> score of "no answer" less that of the best answer."""
 
 
-def _summary(texts: "_Texts", references: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+def _summary(texts: "_Texts", references: dict[str, tuple[str, ...]], labelled: bool) -> dict[str, Any]:
     """What the predictions are like, without any of their texts."""
     words = np.array([len(text.split()) for text in texts.predictions.values() if text])
     probabilities = texts.n_best.highest_probabilities()
     return {
         "examples": len(references),
-        "examples_without_answer": sum(not answers for answers in references.values()),
+        **({"examples_without_answer": sum(not answers for answers in references.values())} if labelled else {}),
         "predicted_no_answer": len(texts.predictions) - len(words),
         "answer_words": {
             "mean": float(words.mean()) if len(words) else None,
@@ -281,10 +317,6 @@ def _texts(
     n_best = NBestAnswers(dict(zip(ids, range(len(ids)), strict=True)), contexts, bounds, columns, no_answer)
     null_odds = dict(zip(ids, odds.tolist(), strict=True)) if v2 else {}
     return _Texts(predictions, n_best, best, null_odds)
-
-
-NO_ANSWER_ODDS = 1e6
-"""Null odds of an example whose windows hold no token that could be an answer."""
 
 
 @dataclass(frozen=True)
