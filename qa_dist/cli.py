@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # heavy imports wait until they are needed
 
 COMMANDS = {
     "train": "Fine-tune a model and evaluate it after every epoch.",
-    "launch": "Start train, evaluate or doctor on all GPUs of this machine, or of a SLURM job: launch train …",
+    "launch": "Start train, evaluate, predict or doctor on all GPUs of this machine, or of a SLURM job: launch train …",
     "evaluate": "Score a trained model: --model DIR --data.validation_file FILE --run.output_dir DIR.",
     "predict": "Answer the questions of a data file: --model DIR --data.validation_file FILE --run.output_dir DIR.",
     "answer": "Answer a question from a text, or a file of questions: --model DIR --question TEXT --context_file FILE.",

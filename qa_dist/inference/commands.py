@@ -69,14 +69,14 @@ class ModelOptions:
         )
 
 
-Asked = Annotated[ModelOptions, tyro.conf.OmitArgPrefixes]
+Answering = Annotated[ModelOptions, tyro.conf.OmitArgPrefixes]
 
 
 @dataclass
 class AnswerOptions:
     """Answer a question from a text, or many questions of a file."""
 
-    asked: Asked
+    answering: Answering
     question: str | None = None
     """The question."""
     context: str | None = None
@@ -96,7 +96,7 @@ class AnswerOptions:
 class ServeOptions:
     """Serve a page to ask the model on, and POST /answer for programs."""
 
-    asked: Asked
+    answering: Answering
     host: str = "127.0.0.1"
     """Address to listen on. Other machines reach only what is not a loopback address; there is no password."""
     port: int = 8000
@@ -127,7 +127,7 @@ def answer(args: Sequence[str], show: Say, say: Say) -> int:
 
     if problem := text_problem(options.question, context):
         raise InputError(f"{problem}{f' ({options.context_file})' if options.context_file else ''}")
-    answerer = options.asked.load()
+    answerer = options.answering.load()
     if len(context) > LONG_CONTEXT:
         say(f"reading {len(context):,} characters; this takes a while")
     result = answerer(options.question, context, top_k=options.top_k)
@@ -146,10 +146,10 @@ def serve(args: Sequence[str], show: Say, say: Say) -> int:
     options = _parse(ServeOptions, "serve", args)
     from qa_dist.inference.server import AnswerServer
 
-    answerer = options.asked.load()
+    answerer = options.answering.load()
     with AnswerServer(
         answerer,
-        options.asked.model,
+        options.answering.model,
         options.host,
         options.port,
         max_characters=options.max_characters,
@@ -199,7 +199,7 @@ def _answer_lines(options: AnswerOptions, name: str, show: Say, say: Say) -> int
             file = sys.stdin.buffer if name == "-" else stack.enter_context(Path(name).open("rb"))
         except OSError as error:
             raise UserError(f"--input: {name}: {error.strerror or error}") from None
-        answerer = options.asked.load()
+        answerer = options.answering.load()
         count = failed = 0
         for lines in _at_hand(_read_lines(file)):
             for line, result in zip(lines, _results(answerer, lines, options.top_k), strict=True):
