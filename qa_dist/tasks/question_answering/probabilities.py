@@ -19,7 +19,7 @@ from torch import Tensor
 from qa_dist.tasks.question_answering.characters import spans_of_whole_characters
 from qa_dist.tasks.question_answering.features import QuestionAnsweringFeatures
 
-SPANS_PER_PART = 20_000
+SPANS_PER_PART = 1000
 """Looked at between two looks at the clock."""
 
 
