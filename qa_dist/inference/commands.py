@@ -300,8 +300,11 @@ def _at_hand(lines: Iterable[_Line]) -> Iterator[list[_Line]]:
         batch = [waiting.get()]
         while len(batch) < LINES_AT_ONCE and not waiting.empty():
             batch.append(waiting.get())
-        if isinstance(last := batch[-1], Exception):
-            raise last
-        ended = last is None
+        last = batch[-1]
+        ended = not isinstance(last, _Line)
         if found := [line for line in batch if isinstance(line, _Line)]:
-            yield found
+            yield found  # also what was read before an error
+        if isinstance(last, OSError):
+            raise UserError(f"--input: cannot be read any further: {last.strerror or last}")
+        if isinstance(last, Exception):
+            raise last

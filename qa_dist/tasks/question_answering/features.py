@@ -162,12 +162,7 @@ def build_features(
     cut = context_lengths > room
     _require_room(examples, question_lengths, (room < 1) | (cut & (room <= stride)), max_length, stride, template)
 
-    # a window starts every (room - stride) tokens until one reaches the context's end
-    step = np.where(cut, room - stride, 1)
-    windows = np.where(cut, 1 + -(-(context_lengths - room) // step), 1)
-    owner = np.repeat(np.arange(len(examples)), windows)
-    begin = ranges(np.zeros(len(examples), dtype=np.int64), windows) * step[owner]
-    end = np.minimum(begin + room[owner], context_lengths[owner])
+    owner, begin, end = _cut(context_lengths, room, stride)
     first, last = _answer_tokens(examples, context_rows, encoded_contexts)
     held = (first[owner] >= begin) & (last[owner] < end)
 
@@ -198,6 +193,18 @@ def build_features(
             columns["token_type_ids"] = types.to_arrow()
         tables.append(pa.table(columns))
     return pa.concat_tables(tables)
+
+
+def _cut(
+    lengths: npt.NDArray[np.int64], room: npt.NDArray[np.int64], stride: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The windows of contexts of `lengths` tokens, of which `room` fit into each: whose it is, and its first token and
+    one past its last. A window starts every (room - stride) tokens until one reaches the context's end."""
+    step = np.where(lengths > room, room - stride, 1)
+    windows = np.where(lengths > room, 1 + -(-(lengths - room) // step), 1)
+    owner = np.repeat(np.arange(len(lengths)), windows)
+    begin = ranges(np.zeros(len(lengths), dtype=np.int64), windows) * step[owner]
+    return owner, begin, np.minimum(begin + room[owner], lengths[owner])
 
 
 def _require_room(
