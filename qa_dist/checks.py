@@ -11,7 +11,7 @@ BRANCH = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
 
 
 def paths(config: RunConfig) -> list[Problem]:
-    from qa_dist.tasks.question_answering.reading import expand
+    from qa_dist.tasks.reading import expand
 
     problems = []
     for key in ("data.train_file", "data.validation_file"):
