@@ -2,8 +2,8 @@
 
 import re
 
-from qa_dist.config import RunConfig, TrainConfig
-from qa_dist.config_sources import Check, Problem
+from qa_dist.config import OWN_SETTINGS, RunConfig, TrainConfig
+from qa_dist.config_sources import Check, Problem, leaves
 from qa_dist.errors import UserError
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -57,8 +57,25 @@ Rule = tuple[tuple[str, ...], bool, str]
 
 def combinations(config: RunConfig) -> list[Problem]:
     """Settings that are right by themselves, but not together."""
-    rules = [*_data_rules(config), *_training_rules(config)]
+    rules = [*_task_rules(config), *_data_rules(config), *_training_rules(config)]
     return [Problem(keys, message) for keys, broken, message in rules if broken]
+
+
+def _task_rules(config: RunConfig) -> list[Rule]:
+    fields = dict(leaves())
+
+    def is_set(key: str) -> bool:
+        value: object = config
+        for name in key.split("."):
+            value = getattr(value, name, None)
+        return value is not None and value != fields[key].get_default(call_default_factory=True)
+
+    return [
+        ((key, "task"), is_set(key), f"{key}: is for {task}, and the task is {config.task}; leave it out")
+        for task, keys in OWN_SETTINGS.items()
+        if task != config.task
+        for key in keys
+    ]
 
 
 def _data_rules(config: RunConfig) -> list[Rule]:

@@ -16,9 +16,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from qa_dist.errors import UserError, listing
-from qa_dist.tasks.question_answering.characters import distinct, span_of_whole_characters
+from qa_dist.tasks.question_answering.characters import span_of_whole_characters
 from qa_dist.tasks.question_answering.data import Example
-from qa_dist.tasks.ragged import Ragged, ranges
+from qa_dist.tasks.ragged import Ragged, distinct, ranges
 from qa_dist.tasks.task import Batch
 from qa_dist.tasks.windows import Windows
 

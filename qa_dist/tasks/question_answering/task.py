@@ -32,6 +32,7 @@ class QuestionAnswering(Task):
 
     name: ClassVar[str] = "question_answering"
     auto_model: ClassVar[Any] = AutoModelForQuestionAnswering
+    texts: ClassVar[int] = 2
     best_metric: ClassVar[str] = "f1"
     headline: ClassVar[dict[str, str]] = {"exact_match": "EM", "f1": "F1", "loss": "validation loss"}
     card: ClassVar[CardWords] = CardWords(
