@@ -46,12 +46,20 @@ def build_model(config: RunConfig, task: Task, *, trained: bool = False) -> tupl
             dtype=torch.float32,
             trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, with both sizes
             **_attention(settings),
         )
     except Exception as error:  # a truncated file raises whatever its reader raises
         raise UserError(
             f"model.name: the weights of {settings.name!r} cannot be loaded: {_first_line(error)}"
         ) from None
+    if others := sorted(info["mismatched_keys"]):
+        sizes = [f"{name} is {tuple(stored)}, and has to be {tuple(needed)}" for name, stored, needed in others]
+        raise UserError(
+            f"model.name: the weights of {settings.name!r} have other sizes than those of a model for "
+            f"{task.name.replace('_', ' ')}: {listing(sizes)}. If it was trained for something else, start from the "
+            "model that it was made of"
+        )
     new = sorted(info["missing_keys"])
     if new and trained:
         raise UserError(

@@ -31,10 +31,11 @@ IGNORED = -100
 class TextTemplate:
     """How a tokenizer lays out a single text: special tokens before and behind it."""
 
-    before: tuple[int, ...]
-    behind: tuple[int, ...]
-    types: tuple[int, int, int]
-    """Token types before the text, in it, and behind it."""
+    before: tuple[tuple[int, int], ...]
+    behind: tuple[tuple[int, int], ...]
+    """Each a token and its type."""
+    text_type: int
+    """Token type of the text itself."""
 
     @property
     def num_special(self) -> int:
@@ -44,12 +45,9 @@ class TextTemplate:
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "TextTemplate":
         """Read the layout off a probe."""
         probe = tokenizer("a", return_token_type_ids=True, verbose=False)
-        ids, types = probe["input_ids"], probe["token_type_ids"]
+        tokens = list(zip(probe["input_ids"], probe["token_type_ids"], strict=True))
         own = [i for i, sequence in enumerate(probe.sequence_ids(0)) if sequence == 0]
-        first, end = own[0], own[-1] + 1
-        text = types[first]
-        parts = ((types[0] if first else text), text, (types[-1] if end < len(ids) else text))
-        return cls(tuple(ids[:first]), tuple(ids[end:]), parts)
+        return cls(tuple(tokens[: own[0]]), tuple(tokens[own[-1] + 1 :]), tokens[own[0]][1])
 
 
 def words_apart(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -131,11 +129,11 @@ def build_features(
         return result
 
     input_ids = put(0, ids)
-    types = np.full(len(input_ids), template.types[1], dtype=np.int8)
-    for i, token in enumerate(template.before):
-        input_ids[shape[:-1] + i], types[shape[:-1] + i] = token, template.types[0]
-    for i, token in enumerate(template.behind):
-        input_ids[first + size + i], types[first + size + i] = token, template.types[2]
+    types = np.full(len(input_ids), template.text_type, dtype=np.int8)
+    for i, special in enumerate(template.before):
+        input_ids[shape[:-1] + i], types[shape[:-1] + i] = special
+    for i, special in enumerate(template.behind):
+        input_ids[first + size + i], types[first + size + i] = special
     columns = {
         "example": pa.array(owner.astype(np.int32)),
         "input_ids": Ragged(input_ids, shape).to_arrow(),
