@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForTokenClassification, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification, pipeline
 
 from qa_dist.cli import main
 from qa_dist.config import SyntheticConfig
@@ -17,7 +17,8 @@ from qa_dist.reporting.report import write_report
 from qa_dist.reporting.report.reading import read_run
 from qa_dist.tasks.token_classification import synthetic
 from qa_dist.tasks.token_classification.scheme import entities_of
-from tests.helpers import Launcher, jsonl, tiny_flags
+from tests.helpers import ROOT, SIZES, Launcher, jsonl, tiny_flags
+from tests.tokenizers import wordpiece_tokenizer
 
 LABELS = ["O", "B-organisation", "I-organisation", "B-person", "I-person", "B-place", "I-place"]
 
@@ -196,6 +197,30 @@ def test_the_model_card_says_how_to_use_the_model(alone: Path, tmp_path: Path, m
     found = tag("Ada Lovelace was born in London.")
     assert len(lines) == len(found)
     assert all(entity["entity_group"] in ("person", "place", "organisation") for entity in found)
+
+
+@pytest.mark.parametrize("recipe", ["bert_base_conll2003", "minilm_wnut17"])
+def test_recipes_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe: str):
+    """On a small model and few sentences: that their numbers are right is not seen here."""
+    data = write_columns(tmp_path / "data.conll", "train")
+    tokenizer = wordpiece_tokenizer([data.read_text().replace("\t", " ")])
+    sizes = SIZES | {"max_position_embeddings": 512}
+    config = AutoConfig.for_model("bert", **sizes, vocab_size=len(tokenizer))
+    AutoModel.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    flags = {
+        "config": ROOT / f"configs/{recipe}.yaml",
+        "data.dataset": "none",
+        "data.train_file": data,
+        "data.validation_file": data,
+        "data.cache_dir": tmp_path / "cache",
+        "model.name": tmp_path / "model",
+        "train.epochs": 1,
+        "run.output_dir": tmp_path / "run",
+    }
+    code, text = command(capsys, "train", *(f"--{name}={value}" for name, value in flags.items()))
+    assert code == 0, text
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["loss"] > 0
 
 
 @pytest.mark.parametrize(

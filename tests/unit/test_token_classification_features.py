@@ -260,7 +260,7 @@ def test_of_two_windows_that_one_decides_that_shows_more(words: int, max_length:
     while begins[-1] + room < words:
         begins.append(begins[-1] + room - stride)
     assert len(features) == len(begins)
-    for word, token in enumerate(features.word_tokens().tolist()):
+    for word, token in enumerate(features.word_tokens.tolist()):
         window = int(np.searchsorted(features.word.offsets, token, side="right")) - 1
         nearer = {
             i: min(word - b, min(b + room, words) - 1 - word) for i, b in enumerate(begins) if b <= word < b + room

@@ -21,7 +21,7 @@ def decode(
     `outputs` are `label` (a place in `labels`) and `score` of all windows' tokens, in a row. A word takes those of its
     first token, in the window that shows most of the text around it; one without a token is in no entity.
     """
-    token = features.word_tokens()
+    token = features.word_tokens
     known = token >= 0
     names = np.array([*labels, OUTSIDE], dtype=object)
     label, score = np.full(len(token), len(labels)), np.ones(len(token))

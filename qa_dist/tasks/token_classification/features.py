@@ -7,6 +7,7 @@ arrays. The result equals that of the tokenizer, called with `is_split_into_word
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -184,7 +185,7 @@ class TokenClassificationFeatures(Windows[Example]):
 
     @property
     def notes(self) -> list[str]:
-        lost = int((self.word_tokens() < 0).sum())
+        lost = int((self.word_tokens < 0).sum())
         notes = super().notes
         return [*notes, f"{lost:,} words have no token, so no entity is found in them"] if lost else notes
 
@@ -192,6 +193,7 @@ class TokenClassificationFeatures(Windows[Example]):
         """Words of each example."""
         return np.array([len(example.words) for example in self.examples().items], dtype=np.int64)
 
+    @cached_property
     def word_tokens(self) -> npt.NDArray[np.int64]:
         """For each word of all examples, in order, the token that its label is read from, as a place among the tokens
         of all windows; -1 for a word that has no token.

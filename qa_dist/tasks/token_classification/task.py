@@ -90,6 +90,8 @@ class TokenClassification(Task):
         return self.given or found_labels(train if train.exists else validation, self.config.data.cache_dir)
 
     def fit_head(self, model_config: PretrainedConfig) -> None:
+        if self.head is None and not self.sources["train"].exists:
+            return  # so it is not to be trained, and that it has no head is told when it is loaded
         described = (self.config.model.config or {}).get("num_labels")
         if described is not None and described != len(self.labels):
             raise UserError(
