@@ -26,7 +26,7 @@ COMMANDS = {
     "train": "Fine-tune a model and evaluate it after every epoch.",
     "launch": "Start train, evaluate or doctor on all GPUs of this machine, or of a SLURM job: launch train …",
     "evaluate": "Score a trained model: --model DIR --data.validation_file FILE --run.output_dir DIR.",
-    "predict": "Answer the questions, or find the entities, of a file: --model DIR --data.validation_file FILE --run.output_dir DIR.",
+    "predict": "Answer questions, or find entities: --model DIR --data.validation_file FILE --run.output_dir DIR.",
     "answer": "Answer a question from a text, or a file of questions: --model DIR --question TEXT --context_file FILE.",
     "serve": "Serve a page to ask a model on: --model DIR.",
     "report": "Make one HTML page of a run's curves, figures and examples: report RUN [--compare OTHER_RUN].",

@@ -98,19 +98,7 @@ def build_features(
             f"data.stride: {stride} tokens that neighbouring windows share leave no room for others in windows of "
             f"data.max_length {max_length} with {template.num_special} special tokens; lower it"
         )
-    counts = np.array([len(example.words) for example in examples], dtype=np.int64)
-    rows, words = distinct([word for example in examples for word in example.words])
-    encoded = encode_words(words, tokenizer)
-    # All tokens of all examples in a row: their ids, and for those that begin a word its place and its label.
-    per_word = encoded.lengths[rows]
-    ids = encoded.values[ranges(encoded.offsets[rows], per_word)]
-    borders = np.concatenate([[0], np.cumsum(per_word)])
-    begins = borders[:-1][per_word > 0]
-    word, label = np.full(len(ids), -1, dtype=np.int32), np.full(len(ids), IGNORED, dtype=np.int16)
-    word[begins] = ranges(np.zeros(len(examples), dtype=np.int64), counts)[per_word > 0]
-    if labels is not None:
-        label[begins] = _label_ids(examples, labels)[per_word > 0]
-    offsets = borders[np.concatenate([[0], np.cumsum(counts)])]
+    offsets, ids, word, label = _tokens(examples, tokenizer, labels)
 
     # a window starts every (room - stride) tokens until one reaches the example's end
     lengths = np.diff(offsets)
@@ -119,8 +107,7 @@ def build_features(
     begin = ranges(np.zeros(len(examples), dtype=np.int64), windows) * (room - stride)
     size = np.minimum(begin + room, lengths[owner]) - begin
     source = ranges(offsets[owner] + begin, size)
-    window_lengths = size + template.num_special
-    shape = Ragged.from_lengths(np.zeros(0, dtype=np.int32), window_lengths).offsets
+    shape = np.concatenate([[0], np.cumsum(size + template.num_special)])
     first = shape[:-1] + len(template.before)
     target = ranges(first, size)
 
@@ -146,6 +133,26 @@ def build_features(
     if "token_type_ids" in tokenizer.model_input_names:
         columns["token_type_ids"] = Ragged(types, shape).to_arrow()
     return pa.table(columns)
+
+
+def _tokens(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int16]]:
+    """The tokens of all examples in a row: where those of each example begin, [examples + 1]; ids, words and labels as
+    in the columns of `build_features`, [tokens]."""
+    counts = np.array([len(example.words) for example in examples], dtype=np.int64)
+    rows, words = distinct([word for example in examples for word in example.words])
+    encoded = encode_words(words, tokenizer)
+    per_word = encoded.lengths[rows]
+    ids = encoded.values[ranges(encoded.offsets[rows], per_word)].astype(np.int32)
+    borders = np.concatenate([[0], np.cumsum(per_word)])
+    has_any = per_word > 0
+    begins = borders[:-1][has_any]
+    word, label = np.full(len(ids), -1, dtype=np.int32), np.full(len(ids), IGNORED, dtype=np.int16)
+    word[begins] = ranges(np.zeros(len(examples), dtype=np.int64), counts)[has_any]
+    if labels is not None:
+        label[begins] = _label_ids(examples, labels)[has_any]
+    return borders[np.concatenate([[0], np.cumsum(counts)])], ids, word, label
 
 
 def _label_ids(examples: Sequence[Example], labels: Sequence[str]) -> npt.NDArray[np.int16]:
