@@ -175,6 +175,7 @@ def test_the_report_of_a_run(alone: Path, tmp_path: Path):
     notes: list[str] = []
     page = Path(write_report(alone, tmp_path / "report.html", None, notes.append)).read_text()
     assert "Figures by type" in page and "organisation" in page
+    assert ">Tables</h2>" in page and ">Confidence<" not in page  # there is none in whole sentences
     story = read_run(alone, notes.append)
     assert story.review is not None
     assert not [note for note in story.notes if "not of the same" in note or "cannot be" in note]
