@@ -43,7 +43,9 @@ fi
 # DeepSpeed comes as source: its build must see the pinned versions too
 export PIP_CONSTRAINT=$PWD/launch/constraints.txt
 pip "$torch" setuptools wheel
-pip --no-build-isolation --editable ".${extras:+[$extras]}"
+# As an entry of the path: setuptools' default would be looked at after the current directory, in which a clone named
+# qa_dist would be taken for the package.
+pip --no-build-isolation --config-settings editable_mode=compat --editable ".${extras:+[$extras]}"
 # Compile DeepSpeed's communication extension now, in one process, rather than in all ranks of the first run. It
 # depends on the environment's path, so one shared by several would be compiled again and again.
 export TORCH_EXTENSIONS_DIR=$PWD/$venv/torch_extensions

@@ -1,6 +1,7 @@
 """What single settings cannot say: whether they fit each other, the command, and the files that are there."""
 
 import re
+from collections.abc import Sequence
 
 from qa_dist.config import OWN_SETTINGS, RunConfig, TrainConfig
 from qa_dist.config_sources import Check, Problem, leaves
@@ -10,16 +11,22 @@ REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 BRANCH = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
 
 
-def paths(config: RunConfig) -> list[Problem]:
+def paths(config: RunConfig, keys: Sequence[str] = ("data.train_file", "data.validation_file")) -> list[Problem]:
+    """Files that are not there, of the settings `keys`."""
     from qa_dist.tasks.reading import expand
 
     problems = []
-    for key in ("data.train_file", "data.validation_file"):
+    for key in keys:
         try:
             expand(getattr(config.data, key.split(".")[1]), key)
         except UserError as error:
             problems.append(Problem((key,), str(error)))
     return problems
+
+
+def validation_paths(config: RunConfig) -> list[Problem]:
+    """The same of what is evaluated: a config file may name training data that are elsewhere."""
+    return paths(config) if config.data.validation_share else paths(config, ["data.validation_file"])
 
 
 def _is_any(config: RunConfig, *keys: str) -> bool:

@@ -1,6 +1,8 @@
 """The command line: `qa-dist COMMAND …`, or `accelerate launch … -m qa_dist COMMAND …` on many processes."""
 
+import io
 import os
+import signal
 import socket
 import sys
 import time
@@ -24,7 +26,7 @@ if TYPE_CHECKING:  # heavy imports wait until they are needed
 
 COMMANDS = {
     "train": "Fine-tune a model and evaluate it after every epoch.",
-    "launch": "Start train, evaluate or doctor on all GPUs of this machine, or of a SLURM job: launch train …",
+    "launch": "Start train, evaluate, predict or doctor on all GPUs of this machine, or of a SLURM job: launch train …",
     "evaluate": "Score a trained model: --model DIR --data.validation_file FILE --run.output_dir DIR.",
     "predict": "Answer questions, or find entities: --model DIR --data.validation_file FILE --run.output_dir DIR.",
     "answer": "Answer a question from a text, or a file of questions: --model DIR --question TEXT --context_file FILE.",
@@ -68,6 +70,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run a command and end the process with its exit code: 0 done, 1 failed, 2 the user has to mend something, 3 done
     but not pushed, 75 stopped at a time limit, 128 + n stopped by signal n."""
     arguments = list(sys.argv[1:] if args is None else args)
+    _make_streams_writable()
     try:
         sys.exit(_dispatch(arguments))
     except KeyboardInterrupt:
@@ -79,6 +82,27 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         if LaunchDirectory.of_this_process() is None:  # else the launcher says it, once
             _tell_the_reason(f"qa-dist: {error}")
         sys.exit(error.exit_code)
+
+
+def _make_streams_writable() -> None:
+    """Whatever they were closed or set to."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 -- for good
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # which is what JSON calls such characters, too
+
+
+def _show(text: str) -> None:
+    """Print what was asked for."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # what reads it has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        raise UserError(f"standard output: cannot be written: {error.strerror}") from None
 
 
 def _say(text: str) -> None:
@@ -129,7 +153,7 @@ def _dispatch(args: list[str]) -> int:
     if command in ("answer", "serve"):
         from qa_dist.inference import commands
 
-        return getattr(commands, command)(args, show=partial(print, flush=True), say=_say)
+        return getattr(commands, command)(args, show=_show, say=_say)
     if command == "report":
         return _report(args)
     if command.startswith("checkpoint "):
@@ -207,7 +231,7 @@ def _run(command: str, sources: list[Source], options: dict[str, str | None]) ->
         sources = [exported_settings(model, with_findings=command == "predict"), *sources, trained]
     to_check = [
         launch.problems,
-        partial(_output_dir_is_free, launch, resume),
+        partial(_output_dir_is_free, launch, resume, command),
         partial(_changes_are_settings, allow_changed),
         partial(_resume_is_possible, resume),
     ]
@@ -215,7 +239,7 @@ def _run(command: str, sources: list[Source], options: dict[str, str | None]) ->
         to_check.append(launch.training_problems)
     if not any(problem.keys == () for source in sources for problem in source.problems):
         # what a file that cannot be read might have set is not "missing"
-        to_check += [checks.paths, *checks.FOR_COMMAND[command]]
+        to_check += [checks.paths if command == "train" else checks.validation_paths, *checks.FOR_COMMAND[command]]
     config = resolve(sources, to_check)
     try:
         if command == "train":
@@ -249,14 +273,16 @@ def _resume_is_possible(resume: "Resume", config: RunConfig) -> list[Problem]:
     return []
 
 
-def _output_dir_is_free(launch: "LaunchEnvironment", resume: "Resume", config: RunConfig) -> list[Problem]:
+def _output_dir_is_free(
+    launch: "LaunchEnvironment", resume: "Resume", command: str, config: RunConfig
+) -> list[Problem]:
     from qa_dist.reporting.run_directory import require_free
 
     try:
         # The others may look when the main process has already begun to write. Where a run is to go on, whose the
         # directory is is seen once its checkpoints are known.
         if launch.is_main and not resume.is_in_place:
-            require_free(config.output_dir)
+            require_free(config.output_dir, may_go_on=command == "train")
     except UserError as error:
         return [Problem(("run.output_dir",), str(error))]
     return []

@@ -19,6 +19,10 @@ if TYPE_CHECKING:  # heavy imports wait until the options are known to be right
 
 LINES_AT_ONCE = 1024
 """Lines of questions that are answered together, where so many are there to be read."""
+OWN_FIELDS = ("question", "context", "answers", "line", "error", "score", "start", "end", "answer", "windows")
+"""Of a line of questions, those that are not passed on: they would be taken for the answer's."""
+MOST_SECONDS = 86_400
+"""That an answer of the server may take."""
 LONG_CONTEXT = 300_000
 """Characters from which on an answer takes so long that one wants to be told."""
 
@@ -69,14 +73,14 @@ class ModelOptions:
         )
 
 
-Asked = Annotated[ModelOptions, tyro.conf.OmitArgPrefixes]
+Answering = Annotated[ModelOptions, tyro.conf.OmitArgPrefixes]
 
 
 @dataclass
 class AnswerOptions:
     """Answer a question from a text, or many questions of a file."""
 
-    asked: Asked
+    answering: Answering
     question: str | None = None
     """The question."""
     context: str | None = None
@@ -85,7 +89,8 @@ class AnswerOptions:
     """Instead: a file that holds the text; - for standard input."""
     input: str | None = None
     """Instead of one question: a file of JSON lines with question and context, - for standard input; each line gives a
-    line of JSON with the answer and what else the line held. Lines that cannot be answered give one with the error."""
+    line of JSON with the answer and what else the line held (but for fields of the
+    answer's names). Lines that cannot be answered give one with the error."""
     top_k: int = 1
     """Number of answers, best first."""
     json: bool = False
@@ -96,7 +101,7 @@ class AnswerOptions:
 class ServeOptions:
     """Serve a page to ask the model on, and POST /answer for programs."""
 
-    asked: Asked
+    answering: Answering
     host: str = "127.0.0.1"
     """Address to listen on. Other machines reach only what is not a loopback address; there is no password."""
     port: int = 8000
@@ -127,7 +132,7 @@ def answer(args: Sequence[str], show: Say, say: Say) -> int:
 
     if problem := text_problem(options.question, context):
         raise InputError(f"{problem}{f' ({options.context_file})' if options.context_file else ''}")
-    answerer = options.asked.load()
+    answerer = options.answering.load()
     if len(context) > LONG_CONTEXT:
         say(f"reading {len(context):,} characters; this takes a while")
     result = answerer(options.question, context, top_k=options.top_k)
@@ -136,7 +141,8 @@ def answer(args: Sequence[str], show: Say, say: Say) -> int:
         show(json.dumps(result, ensure_ascii=False, indent=2))
         return 0
     for found in answers:
-        text = " ".join(found["answer"].split()) or "(no answer)"
+        text = "".join(c if c.isprintable() else " " for c in found["answer"])  # no commands to the terminal
+        text = " ".join(text.split()) or "(no answer)"
         show(f"{found['score']:.3f}  {text}" + (f"  [{found['start']}:{found['end']}]" if found["answer"] else ""))
     return 0
 
@@ -144,12 +150,18 @@ def answer(args: Sequence[str], show: Say, say: Say) -> int:
 def serve(args: Sequence[str], show: Say, say: Say) -> int:
     """`qa-dist serve`: until it is interrupted."""
     options = _parse(ServeOptions, "serve", args)
+    if options.max_characters < 1:
+        raise UserError(f"--max_characters: {options.max_characters} is less than 1")
+    if not 0 < options.timeout <= MOST_SECONDS:
+        raise UserError(f"--timeout: {options.timeout} is not a number of seconds from 0 to {MOST_SECONDS:,}")
+    if not options.host:
+        raise UserError("--host: is empty; name an address, such as 127.0.0.1")
     from qa_dist.inference.server import AnswerServer
 
-    answerer = options.asked.load()
+    answerer = options.answering.load()
     with AnswerServer(
         answerer,
-        options.asked.model,
+        options.answering.model,
         options.host,
         options.port,
         max_characters=options.max_characters,
@@ -169,7 +181,7 @@ def _parse(options: type[Options], command: str, args: Sequence[str]) -> Options
 
 def _read_text(name: str) -> str:
     try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        data = _standard_input().read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
         raise UserError(f"--context_file: {name}: {error.strerror or error}") from None
     try:
@@ -180,6 +192,12 @@ def _read_text(name: str) -> str:
             f"--context_file: {name}: is not UTF-8 text: line {line} holds the byte 0x{data[error.start]:02x}; convert "
             "it (such as with iconv)"
         ) from None
+
+
+def _standard_input() -> BinaryIO:
+    if sys.stdin is None:
+        raise UserError("-: standard input is closed")
+    return sys.stdin.buffer
 
 
 # ------------------------------------------------------------------------------------------- files of questions
@@ -196,15 +214,15 @@ class _Line:
 def _answer_lines(options: AnswerOptions, name: str, show: Say, say: Say) -> int:
     with contextlib.ExitStack() as stack:
         try:
-            file = sys.stdin.buffer if name == "-" else stack.enter_context(Path(name).open("rb"))
+            file = _standard_input() if name == "-" else stack.enter_context(Path(name).open("rb"))
         except OSError as error:
             raise UserError(f"--input: {name}: {error.strerror or error}") from None
-        answerer = options.asked.load()
+        answerer = options.answering.load()
         count = failed = 0
         for lines in _at_hand(_read_lines(file)):
             for line, result in zip(lines, _results(answerer, lines, options.top_k), strict=True):
                 count += 1
-                own = {key: value for key, value in line.values.items() if key not in ("question", "context")}
+                own = {key: value for key, value in line.values.items() if key not in OWN_FIELDS}
                 if line.error is None:
                     content = {"answers": result} if isinstance(result, list) else result
                 else:

@@ -94,10 +94,12 @@ def _device(device: str | torch.device | None) -> torch.device:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         found = torch.device(device)
+        if found.type == "meta":
+            raise RuntimeError("it computes nothing")
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"device: {str(device)!r} cannot be used: {first_line}") from None
+        raise UserError(f"device: {str(device)!r} cannot be used: {first_line.partition('. ')[0]}") from None
     return found
 
 

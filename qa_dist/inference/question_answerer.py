@@ -2,9 +2,10 @@
 
 import contextlib
 import itertools
+import math
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypedDict
 
 import numpy as np
@@ -13,12 +14,15 @@ import torch
 
 from qa_dist.errors import InputError, UserError
 from qa_dist.inference.loading import TrainedModel, load_trained
-from qa_dist.tasks.question_answering.data import Example, is_unicode
+from qa_dist.tasks.question_answering.data import Example
 from qa_dist.tasks.question_answering.features import NoRoomError, QuestionAnsweringFeatures
 from qa_dist.tasks.question_answering.probabilities import Found, answers_of, best_spans
 from qa_dist.tasks.question_answering.task import QuestionAnswering
+from qa_dist.tasks.reading import is_unicode
 from qa_dist.training.batching import evaluation_batches
 
+MOST_ANSWERS = 1000
+"""That can be asked for."""
 QUESTIONS_PER_CHUNK = 1024
 """Questions whose windows are sorted by length together."""
 CHARACTERS_PER_CHUNK = 8_000_000
@@ -89,8 +93,10 @@ class QuestionAnswerer:
         task = trained.task
         assert isinstance(task, QuestionAnswering)
         for name, value in (("max_answer_length", max_answer_length), ("batch_size", batch_size)):
-            if value is not None and value < 1:
-                raise InputError(f"{name}: {value} is less than 1")
+            if value is not None and (type(value) is not int or value < 1):
+                raise InputError(f"{name}: {value!r} is not a whole number above 0")
+        if no_answer_threshold is not None and not -math.inf <= no_answer_threshold <= math.inf:
+            raise InputError(f"no_answer_threshold: {no_answer_threshold!r} is not a number")
         self.task, self.device = task, trained.device
         self.max_answer_length = max_answer_length or task.config.evaluation.max_answer_length
         self.align_to_words = align_to_words
@@ -142,26 +148,31 @@ class QuestionAnswerer:
         handle_impossible_answer: bool | None = None,
         timeout: float | None = None,
     ) -> Any:
-        """Answer one question (texts), several (a list of questions with a list of contexts or one for all, or a list
-        of pairs or mappings), or a stream of them (any other iterable of pairs or mappings).
+        """Answer one question (two texts, a pair or a mapping), several (a list of questions with a list of contexts
+        or one for all, or a list of pairs or mappings), or a stream of them (any other iterable of pairs or mappings).
 
         Returns an `Answer` for a question, with `top_k` above 1 the list of its best ones; for a list a list of those,
-        and for a stream an iterator over them, in the same order. `handle_impossible_answer`: whether "" may be the
+        and for a stream an iterator over them, in the same order. With a larger `top_k` more spans are looked at, so
+        scores may be a little higher, as those of the pipeline were. `handle_impossible_answer`: whether "" may be the
         answer: by default if the model has a threshold for it; where it has none, "" competes by its probability.
 
         Raises `InputError` (a `ValueError`) for an empty question or context and for a question that leaves no room
         for a context, naming it, and `TimeoutError` if all this takes more than `timeout` seconds.
         """
-        if top_k < 1:
-            raise InputError(f"top_k: {top_k} is less than 1")
+        if type(top_k) is not int or not 1 <= top_k <= MOST_ANSWERS:
+            raise InputError(f"top_k: {top_k!r} is not a whole number from 1 to {MOST_ANSWERS:,}")
         how = (top_k, handle_impossible_answer, None if timeout is None else time.monotonic() + timeout)
+        if context is None:
+            question, context = _alone(question)
         if isinstance(question, str):
             if not isinstance(context, str):
                 raise InputError("context: is not a text; to one question belongs one context")
             return self._answer([(question, context)], *how)[0]
+        if not isinstance(question, Iterable):
+            raise InputError(f"question: is neither a text nor several of them, but {type(question).__name__}")
         if context is None and not isinstance(question, Sequence):
             return self._stream(iter(question), *how)
-        pairs = list(question) if context is None else _paired(question, context)
+        pairs = list(question) if context is None else _paired(list(question), context)
         return list(self._stream(iter(pairs), *how))
 
     def _stream(self, questions: Iterator[Question], *how: Any) -> Iterator[Any]:
@@ -191,7 +202,13 @@ class QuestionAnswerer:
             ) from None
         # Some of the spans become one answer.
         count = 2 * top_k + 10 if self.align_to_words else top_k
-        found = answers_of(self._spans(windows, count, deadline), windows, [context for _, context in pairs])
+
+        def look_at_the_clock() -> None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError("the time is up")
+
+        spans = self._spans(windows, count, look_at_the_clock)
+        found = answers_of(spans, windows, [context for _, context in pairs], look_at_the_clock)
         results = []
         for (_, context), own in zip(pairs, found, strict=True):
             answers = self._ranked(own, context, impossible)[:top_k]
@@ -199,14 +216,13 @@ class QuestionAnswerer:
         return results
 
     def _spans(
-        self, windows: QuestionAnsweringFeatures, count: int, deadline: float | None
+        self, windows: QuestionAnsweringFeatures, count: int, meanwhile: Callable[[], None]
     ) -> dict[str, npt.NDArray[Any]]:
         """The best spans of all windows, in their order. The model reads those of similar length together."""
         batches = evaluation_batches(windows.lengths, self.batch_size)
         parts: list[dict[str, npt.NDArray[Any]]] = []
         for indices in batches:
-            if deadline is not None and time.monotonic() > deadline:
-                raise TimeoutError(f"the time is up after {len(parts)} of {len(batches)} batches of windows")
+            meanwhile()
             batch = windows.collate(indices, self._multiple).to(self.device)
             with torch.inference_mode(), self._model_lock:
                 output = self._model(**batch.inputs)
@@ -254,8 +270,18 @@ def text_problem(question: Any, context: Any) -> str | None:
     return None
 
 
-def _paired(questions: Sequence[str], contexts: str | Sequence[str]) -> list[tuple[str, str]]:
-    contexts = [contexts] * len(questions) if isinstance(contexts, str) else contexts
+def _alone(question: Any) -> tuple[Any, Any]:
+    """Question and context of one pair or mapping, or the lists of a mapping of lists; else `question` and None."""
+    if isinstance(question, Mapping):
+        if not {"question", "context"} <= question.keys():
+            raise InputError("question: is a mapping without question and context")
+        return question["question"], question["context"]
+    is_pair = isinstance(question, tuple) and len(question) == 2 and all(isinstance(text, str) for text in question)
+    return question if is_pair else (question, None)
+
+
+def _paired(questions: list[str], contexts: str | Iterable[str]) -> list[tuple[str, str]]:
+    contexts = [contexts] * len(questions) if isinstance(contexts, str) else list(contexts)
     if len(questions) != len(contexts):
         raise InputError(f"there are {len(questions):,} questions and {len(contexts):,} contexts")
     return list(zip(questions, contexts, strict=True))
@@ -267,14 +293,25 @@ def _pair(question: Question, place: str) -> tuple[str, str]:
     except (KeyError, TypeError):
         pair = ()
     if len(pair) != 2 or isinstance(question, str):
-        raise InputError(f"{place}: is neither a pair of question and context nor a mapping that has both")
+        raise InputError(
+            f"{place}: is neither a pair of question and context nor a mapping that has both; of columns, pass the "
+            "questions and the contexts"
+        )
     return pair
 
 
 def _chunks(pairs: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
     chunk: list[tuple[str, str]] = []
     characters = 0
-    for pair in pairs:
+    while True:
+        try:
+            pair = next(pairs, None)
+        except Exception:
+            if chunk:
+                yield chunk  # what came before the error is answered
+            raise
+        if pair is None:
+            break
         chunk.append(pair)
         characters += len(pair[1])
         if len(chunk) == QUESTIONS_PER_CHUNK or characters > CHARACTERS_PER_CHUNK:

@@ -116,6 +116,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._reply(self._part)
 
+    def do_HEAD(self) -> None:
+        self._reply(self._part)
+
     def do_POST(self) -> None:
         self._reply(self._answer)
 
@@ -123,6 +126,8 @@ class _Handler(BaseHTTPRequestHandler):
         status = HTTPStatus.OK
         try:
             self._require_known_host()
+            if self.command != "POST" and {"Content-Length", "Transfer-Encoding"} & set(self.headers):
+                self.close_connection = True  # a body that is not read is no next request
             kind, body = make()
         except _RefusedError as refused:
             status, kind, body = refused.status, *_json({"error": str(refused)})
@@ -148,12 +153,13 @@ class _Handler(BaseHTTPRequestHandler):
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def _require_known_host(self) -> None:
         """Pages of other sites that point their name at this machine (DNS rebinding) are not answered."""
         host = (self.headers.get("Host") or "").rpartition(":")[0].strip("[]") or self.headers.get("Host") or ""
-        if self.server.is_local and not _is_loopback(host):
+        if self.server.is_local and not _is_loopback(host.lower()):
             raise _RefusedError(
                 HTTPStatus.FORBIDDEN, f"this server is asked for as {self.server.url}, not {host[:80]!r}"
             )
@@ -202,8 +208,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _values(self) -> dict[str, Any]:
         length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdigit()):
-            raise _RefusedError(HTTPStatus.LENGTH_REQUIRED, "Content-Length is needed")
+        if not (length.isascii() and length.isdigit() and len(length) < 16) or "Transfer-Encoding" in self.headers:
+            raise _RefusedError(HTTPStatus.LENGTH_REQUIRED, "Content-Length is needed, and no Transfer-Encoding")
         if int(length) > 12 * self.server.max_characters + 10_000:  # as JSON a character takes 12 bytes at most
             for _ in self._parts(min(int(length), MOST_DISCARDED)):
                 pass  # a client that is still sending would not hear why it is refused

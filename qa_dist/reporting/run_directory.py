@@ -35,8 +35,9 @@ class StoppedError(Exception):
         self.exit_code = exit_code
 
 
-def require_free(path: Path) -> None:
-    """Raise `UserError` if `path` holds what a new run would overwrite.
+def require_free(path: Path, *, may_go_on: bool = True) -> None:
+    """Raise `UserError` if `path` holds what a new run would overwrite; the message says how to go on with it, where
+    that may be done.
 
     A run that failed, or was killed, before its first step has left nothing of value: its directory is free.
     """
@@ -52,9 +53,10 @@ def require_free(path: Path) -> None:
     if ended and status.get("step") == 0 and "model" not in in_use and not _has_trained(path):
         return
     state = f" ({status['state']} at step {status['step']})" if {"state", "step"} <= status.keys() else ""
+    go_on = "go on with it (--resume auto), " if may_go_on else ""
     raise UserError(
-        f"run.output_dir: {path} holds another run{state}, and nothing is overwritten: go on with it (--resume auto), "
-        "set --run.output_dir to another directory, or move that one away"
+        f"run.output_dir: {path} holds another run{state}, and nothing is overwritten: {go_on}set --run.output_dir to "
+        "another directory, or move that one away"
     )
 
 

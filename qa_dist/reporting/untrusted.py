@@ -37,6 +37,11 @@ def file_name(path: str) -> str:
     return "unnamed" if is_home or not name.strip(".") else name
 
 
+def without_paths(text: str) -> str:
+    """`text` with the last part of each path in it alone."""
+    return re.sub(r"(?<![\w.:/])(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\:;,'\"()]+){2,}", lambda path: file_name(path[0]), text)
+
+
 def hub_id(name: str | None) -> str | None:
     """`name` if it can be an id on the Hub, whose users have no dots in their names, and is nothing that lies here."""
     try:

@@ -169,6 +169,8 @@ def ids_of(records: Sequence[Record], wrong: Mapping[str, list[str]], notes: lis
         value = record.values.get("id")
         if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
             wrong["there is no id (a text or a whole number)"].append(record.place)
+        elif not is_unicode(str(value)):
+            wrong["the id holds half of a surrogate pair, which is no character"].append(record.place)
         ids.append(str(value) if value is not None else record.place)
     return ids
 

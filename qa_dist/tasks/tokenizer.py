@@ -10,7 +10,7 @@ from tokenizers import decoders as decoding
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from qa_dist.config import ModelConfig
-from qa_dist.errors import UserError
+from qa_dist.errors import UserError, listing
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -39,6 +39,13 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
             f"{key}: the tokenizer of {name!r} cannot be loaded: {first_line}. Point model.tokenizer at a directory "
             "that holds a tokenizer.json"
         ) from None
+    vocabularies = dict.fromkeys(["tokenizer.json", *getattr(tokenizer, "vocab_files_names", {}).values()])
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in vocabularies):
+        # from nothing, transformers makes a tokenizer that knows nothing
+        raise UserError(
+            f"{key}: {name} holds no tokenizer ({listing(list(vocabularies))}); copy it from where the model comes "
+            "from, or point model.tokenizer at one"
+        )
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
             f"{key}: the tokenizer of {name!r} ({type(tokenizer).__name__}) is not a fast one, so tokens cannot be "

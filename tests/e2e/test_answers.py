@@ -91,7 +91,15 @@ def test_lines_in_and_lines_out(run: Path, answerer: QuestionAnswerer, tmp_path:
         b'{"question": "\xff", "context": "text"}',
         b"[1, 2]",
         json.dumps({"question": "  ", "context": "text"}).encode(),
-        json.dumps({"question": EXAMPLES[1].question, "context": EXAMPLES[1].context}).encode(),
+        json.dumps(
+            {
+                "question": EXAMPLES[1].question,
+                "context": EXAMPLES[1].context,
+                "id": "\ud800",
+                "error": "old",
+                "score": 1,
+            }
+        ).encode(),
     ]
     file = tmp_path / "questions.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
@@ -102,6 +110,7 @@ def test_lines_in_and_lines_out(run: Path, answerer: QuestionAnswerer, tmp_path:
     expected = answerer([(example.question, example.context) for example in EXAMPLES[:2]])
     assert [(one["answer"], one["start"]) for one in good] == [(one["answer"], one["start"]) for one in expected]
     assert (found[0]["id"], found[0]["note"]) == (7, "é")
+    assert found[-1]["id"] == "\ud800" and "error" not in found[-1]
     errors = {one["line"]: one["error"] for one in found[1:-1]}
     assert list(errors) == [2, 4, 5, 6, 7, 8]
     for line, message in {
@@ -136,6 +145,18 @@ def test_a_program_that_waits_for_each_answer_gets_it(run: Path):
     process.stdout.close()
 
 
+def test_a_reader_that_has_seen_enough(run: Path, tmp_path: Path):
+    line = json.dumps({"question": QUESTION, "context": CONTEXT})
+    (tmp_path / "many.jsonl").write_text(f"{line}\n" * 2000)
+    command = f"{sys.executable} -m qa_dist answer --model {run} --input {tmp_path}/many.jsonl"
+    found = subprocess.run(
+        ["bash", "-c", f"{command} | head -n 1; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True, env=environment(), text=True, cwd=ROOT, timeout=120,
+    )  # fmt: skip
+    assert (found.returncode, found.stderr) == (141, "")
+    assert json.loads(found.stdout)
+
+
 def test_mistakes_in_asking(run: Path, tmp_path: Path, capsys):
     (tmp_path / "latin1.txt").write_bytes(b"first\nna\xefve")
     (tmp_path / "blank.txt").write_text(" \n\t ")
@@ -163,6 +184,10 @@ def test_mistakes_in_asking(run: Path, tmp_path: Path, capsys):
         assert (code, out) == (2, "")
         assert "Traceback" not in err and err.startswith("qa-dist: ")
         assert re.search(message, err), err
+    wrong = {"--timeout": ("0", "-5", "nan", "inf"), "--max_characters": ("-1",), "--port": ("99999",), "--host": ("",)}
+    for flag, value in ((flag, value) for flag, values in wrong.items() for value in values):
+        code, _, err = command(capsys, "serve", *model, flag, value)
+        assert code == 2 and flag in err
 
 
 # -------------------------------------------------------------------------------------------------- predict
@@ -191,6 +216,11 @@ def test_predictions_do_not_depend_on_the_processes_or_on_answers(
         assert alone == two
     assert not (tmp_path / "two" / "metrics.json").exists(), "nothing says what is right"
     findings = json.loads((run / "model" / "qa_dist.json").read_text())["findings"]
+    code, _, err = command(
+        capsys, "predict", "--model", str(run / "model"), "--data.validation_file", str(tmp_path / "nested.json"),
+        "--data.train_file", "elsewhere.json", "--run.output_dir", str(tmp_path / "alone"),
+    )  # fmt: skip
+    assert code == 2 and "holds another run" in err and "--resume" not in err and "elsewhere" not in err
     settings = (tmp_path / "two" / "config.yaml").read_text()
     assert f"null_score_diff_threshold: {findings['no_answer_threshold']}" in settings, "the tuned one"
 
@@ -275,10 +305,23 @@ def test_bad_requests_are_told_and_the_server_stays_up(server: int, body: bytes,
     assert post(server, asking())[0] == 200
 
 
+def test_other_methods(server: int):
+    connection = http.client.HTTPConnection("127.0.0.1", server, timeout=30)
+    connection.request("HEAD", "/")
+    response = connection.getresponse()
+    assert response.status == 200 and int(response.headers["Content-Length"]) > 500 and response.read() == b""
+    connection.request("GET", "/", body=b"GET /model HTTP/1.1\r\n\r\n")
+    response = connection.getresponse()
+    assert response.status == 200 and b"Ask a text" in response.read()
+    assert response.headers["Connection"] == "close", "what follows is no request"
+    connection.close()
+    assert post(server, asking(), **{"Content-Length": "9" * 5000})[0] == 411
+
+
 def test_other_sites_get_no_answer(server: int):
     assert post(server, asking(), **{"Content-Type": "text/plain"})[0] == 415
     assert post(server, asking(), Host="attacker.example")[0] == 403
-    assert post(server, asking(), Host=f"localhost:{server}")[0] == 200
+    assert post(server, asking(), Host=f"LocalHost:{server}")[0] == 200
     assert post(server, asking(), path="/other")[0] == 404
     assert post(server, asking(), **{"Content-Length": "-5"})[0] == 411
 

@@ -135,6 +135,10 @@ def test_batches_change_nothing(bert: QuestionAnswerer):
     same_context = bert([question for question, _ in PAIRS[:3]], context)
     assert same_context == bert([(question, context) for question, _ in PAIRS[:3]])
     assert bert([]) == [] and list(bert(iter([]))) == []
+    one = bert(*PAIRS[0])
+    assert bert(PAIRS[0]) == bert({"question": PAIRS[0][0], "context": PAIRS[0][1], "id": 3}) == one
+    columns = {"question": [question for question, _ in PAIRS[:2]], "context": [context for _, context in PAIRS[:2]]}
+    assert bert(columns) == bert(PAIRS[:2])
 
 
 def test_a_stream_is_read_as_it_is_needed(bert: QuestionAnswerer, monkeypatch: pytest.MonkeyPatch):
@@ -150,6 +154,19 @@ def test_a_stream_is_read_as_it_is_needed(bert: QuestionAnswerer, monkeypatch: p
     answers = list(itertools.islice(bert(endless()), 6))
     assert taken == 8
     assert places(answers) == places(bert(PAIRS[:6]))
+
+
+def test_a_stream_that_breaks_off_is_answered_up_to_there(bert: QuestionAnswerer):
+    def broken():
+        yield from PAIRS[:3]
+        raise OSError("the disk is gone")
+
+    answers = []
+    with pytest.raises(OSError, match="the disk is gone"):
+        answers.extend(bert(broken()))
+        for answer in bert(broken()):
+            answers.append(answer)
+    assert places(answers) == places(bert(PAIRS[:3]))
 
 
 def test_threads_may_ask_at_once(bert: QuestionAnswerer):
@@ -244,6 +261,14 @@ def test_a_run_directory_will_do(models, tmp_path: Path):
     assert QuestionAnswerer.from_pretrained(str(tmp_path / "run"), device="cpu")(*PAIRS[0])["answer"]
 
 
+@pytest.mark.parametrize("context", ["\u200b\u200b", "\x00\x01"])
+def test_contexts_without_any_token_have_no_answer(bert: QuestionAnswerer, context: str):
+    answers = bert([("Who?", context), PAIRS[0]])
+    assert (answers[0]["answer"], answers[0]["windows"]) == ("", [])
+    assert answers[1]["answer"]
+    assert bert("Who?", context, top_k=2) == [answers[0]]
+
+
 def test_half_a_million_characters(bert: QuestionAnswerer):
     context = "word " * 100_000 + "Ada was born in London."
     answer = bert("Where was Ada born?", context)
@@ -251,7 +276,7 @@ def test_half_a_million_characters(bert: QuestionAnswerer):
 
 
 def test_the_time_limit(bert: QuestionAnswerer):
-    with pytest.raises(TimeoutError, match="batches"):
+    with pytest.raises(TimeoutError, match="the time is up"):
         bert("Where?", "word " * 20_000, timeout=0.01)
     assert bert(*PAIRS[0], timeout=60)["answer"]
 
@@ -269,6 +294,10 @@ def test_the_time_limit(bert: QuestionAnswerer):
         (["a", "b"], ["text"], "2 questions and 1 contexts"),
         ([("a", "b"), ("a",)], None, "question 2: is neither a pair"),
         ([{"question": "a"}], None, "question 1: is neither a pair"),
+        ({"question": "a"}, None, "a mapping without question and context"),
+        (5, None, "is neither a text nor several of them, but int"),
+        (None, "text", "is neither a text nor several of them, but NoneType"),
+        (["Who?", "Where?"], None, "of columns, pass the questions and the contexts"),
         ([("a", "text"), (3, "text")], None, "the question is not a text .question 3"),
     ],
 )
@@ -279,11 +308,15 @@ def test_what_cannot_be_asked(bert: QuestionAnswerer, question: Any, context: An
 
 
 def test_wrong_arguments(models, bert: QuestionAnswerer):
-    with pytest.raises(InputError, match="top_k: 0"):
-        bert(*PAIRS[0], top_k=0)
+    for wrong_k in (0, 1.5, "3", True, 10**10):
+        with pytest.raises(InputError, match=f"top_k: {wrong_k!r} is not a whole number"):
+            bert(*PAIRS[0], top_k=wrong_k)  # pyright: ignore[reportArgumentType]
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"max_answer_length": 0}, "max_answer_length: 0"),
         ({"batch_size": 0}, "batch_size: 0"),
+        ({"batch_size": 1.5}, "batch_size: 1.5"),
+        ({"no_answer_threshold": float("nan")}, "no_answer_threshold: nan"),
+        ({"device": "meta"}, "device: 'meta' cannot be used"),
         ({"dtype": "int4"}, "dtype: 'int4' is none of float32"),
         ({"device": "cuda:9"}, "device: 'cuda:9' cannot be used"),
         ({"device": "tpuish"}, "device: 'tpuish' cannot be used"),
@@ -306,12 +339,15 @@ def test_models_that_cannot_be_used(models, tmp_path: Path):
     model = AutoModelForQuestionAnswering.from_pretrained(not_numbers)
     model.get_submodule("qa_outputs").weight.data.fill_(torch.nan)
     model.save_pretrained(not_numbers)
+    speechless = broken("speechless")
+    (speechless / "tokenizer.json").unlink()
     other = broken("other")
     (other / "qa_dist.json").write_text(json.dumps({"schema_version": 1, "settings": {"task": "summing_up"}}))
     for path, message in (
         (headless, "has no weights for qa_outputs"),
         (truncated, "the weights of .* cannot be loaded"),
         (other, "summing.up"),
+        (speechless, "speechless holds no tokenizer .tokenizer.json, vocab.txt"),
         (tmp_path / "nowhere", "no such directory"),
         (Path("user/there-is-no-such-model"), "cannot be loaded"),
     ):

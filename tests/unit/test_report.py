@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import math
 import os
 import re
 import socket
@@ -15,9 +16,10 @@ import pytest
 from qa_dist.errors import UserError
 from qa_dist.reporting.report import write_report
 from qa_dist.reporting.report.breakdown import calibration
-from qa_dist.reporting.report.charts import Series, chart, thinned, ticks
+from qa_dist.reporting.report.charts import HEIGHT, Series, chart, thinned, ticks
 from qa_dist.reporting.report.page import tiles
 from qa_dist.reporting.report.reading import Log
+from qa_dist.reporting.untrusted import without_paths
 from tests.report_runs import (
     EXAMPLES,
     LINES,
@@ -383,3 +385,21 @@ def test_a_failing_write_leaves_the_old_report(tmp_path: Path, monkeypatch: pyte
         write_report(run, None, None, lambda text: None)
     assert (run / "report.html").read_bytes() == old
     assert not list(run.glob(".report*"))
+
+
+@pytest.mark.parametrize(
+    "points",
+    [[0.0, 1e-13], [1.0, 1.0000000000000002], [1e-13, 1e-13], [0.0, 5e-324], [0.0, 0.0], [-1e14, 1e14], [1e9, 1e9 + 1]],
+)
+def test_any_two_figures_make_a_chart(points: list[float]):
+    found = chart("c", "title", "step", [Series("s", list(enumerate(points)), 0)])
+    assert found is not None
+    heights = [y for _, y in found.lines[0].places]
+    assert all(math.isfinite(y) and 0 <= y <= HEIGHT for y in heights)
+
+
+def test_paths_are_private():
+    text = (
+        "data.validation_file: /home/alice/secret/dev.json: there is no such file; C:\\Users\\bob\\x.json, 1/2 of a/b"
+    )
+    assert without_paths(text) == "data.validation_file: dev.json: there is no such file; x.json, 1/2 of a/b"

@@ -174,9 +174,10 @@ def label(value: float) -> str:
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:
-    if high > low:
+    size = max(abs(low), abs(high))
+    if high - low > max(1e-6 * size, 1e-9):  # else the labels of an axis would be the same, and rounded off
         return low, high
-    room = abs(low) * 0.1 or 1.0
+    room = size * 0.1 if size > 1e-6 else 1.0 if low == high else 1e-6
     return low - room, high + room
 
 

@@ -21,7 +21,7 @@ from qa_dist.reporting.report.charts import HEIGHT, WIDTH, Chart
 from qa_dist.reporting.report.panels import calibration_chart, review_curve, training_charts
 from qa_dist.reporting.report.payload import as_script, page_data
 from qa_dist.reporting.report.reading import Story, read_run
-from qa_dist.reporting.untrusted import is_number
+from qa_dist.reporting.untrusted import is_number, without_paths
 
 MARKER = "<!-- made by qa-dist report -->"
 """In the head of every report, by which one is known that may be replaced."""
@@ -71,6 +71,8 @@ def _require_replaceable(path: Path) -> None:
         if not path.parent.is_dir():
             raise UserError(f"{path}: the report cannot be written: there is no directory {path.parent}; make it first")
         return
+    if not path.is_file():
+        raise UserError(f"{path}: is no file that a report can be written to; name another one (--output FILE)")
     try:
         with path.open("rb") as file:
             head = file.read(1000)
@@ -111,6 +113,7 @@ def page(story: Story, other: Story | None = None) -> str:
     if other:
         notes += [f"{_label(other, story)}: {note}" for note in other.notes]
         notes += comparison.notes if comparison else ["The examples of the two runs cannot be compared."]
+    notes = [without_paths(note) for note in notes]
     data = page_data([*training, *figures], review, comparison)
     script, style = _part("charts.js") + _part("page.js"), _part("page.css")
     environment = jinja2.Environment(

@@ -15,7 +15,7 @@ from qa_dist.config_sources import from_yaml, resolve
 from qa_dist.errors import UserError, listing
 from qa_dist.reporting.run_directory import METRICS
 from qa_dist.reporting.status import is_gone
-from qa_dist.reporting.untrusted import file_name, hub_id, is_count, is_number, plain
+from qa_dist.reporting.untrusted import file_name, hub_id, is_count, is_number, plain, without_paths
 from qa_dist.tasks import Task, load_task, task_class
 from qa_dist.tasks.task import Review
 
@@ -89,7 +89,7 @@ class Story:
     @property
     def state(self) -> str:
         """How the run ended, in a few words."""
-        state, reason = self.status.get("state"), plain(self.status.get("reason") or "")
+        state, reason = self.status.get("state"), plain(without_paths(str(self.status.get("reason") or "")))
         at = f" at step {self.status['step']:,}" if is_count(self.status.get("step")) and self.status["step"] else ""
         if state == "running" and is_gone(self.status):
             return f"interrupted{at}: its process is gone, and has not said why"

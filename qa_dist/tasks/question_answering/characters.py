@@ -14,6 +14,8 @@ VISIBLE_FORMAT_CHARACTERS = "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0
 MODIFIERS = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff\uff9e\uff9f"
 """Skin tones of emoji, and the voicing marks of halfwidth katakana."""
 ZERO_WIDTH_JOINER = "\u200d"
+REGIONAL_INDICATORS = "".join(map(chr, range(0x1F1E6, 0x1F200)))
+"""The letters that make flags, in pairs."""
 
 
 def span_of_whole_characters(context: str, start: int, end: int) -> tuple[int, int]:
@@ -92,10 +94,10 @@ def _is_joined(context: str, place: int) -> bool:
         return category == "So" and before > 0 and not _is_blank(context[before - 1])
     if context[before] in VISIBLE_FORMAT_CHARACTERS:
         return not _is_blank(character)
-    first = before
-    while first >= 0 and _is_pair(context[first], character):
-        first -= 1
-    return (before - first) % 2 == 1
+    if not _is_pair(context[before], character):
+        return False
+    letters = character if character.isascii() else REGIONAL_INDICATORS
+    return (place - len(context[:place].rstrip(letters))) % 2 == 1  # in C: a run may be as long as the text
 
 
 def _is_joiner(character: str) -> bool:

@@ -124,6 +124,8 @@ def _of_whole_words(
 ) -> npt.NDArray[np.int64]:
     """`offsets` [tokens, 2] widened from the first character of each token's word to the last; tokens of word -1
     belong to none. `owner` is each token's text, whose words are counted from 0."""
+    if not len(words):
+        return offsets
     is_first = (words != np.roll(words, 1)) | (owner != np.roll(owner, 1)) | (words < 0)
     is_first[:1] = True
     first = np.flatnonzero(is_first)

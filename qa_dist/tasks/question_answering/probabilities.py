@@ -7,6 +7,7 @@ candidates; those with the same text (whatever its case) are one answer, at the 
 score is the sum of theirs.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from qa_dist.tasks.question_answering.characters import spans_of_whole_characters
 from qa_dist.tasks.question_answering.features import QuestionAnsweringFeatures
+
+SPANS_PER_PART = 1000
+"""Looked at between two looks at the clock."""
 
 
 def best_spans(
@@ -78,9 +82,13 @@ class Found(NamedTuple):
 
 
 def answers_of(
-    outputs: dict[str, npt.NDArray[Any]], features: QuestionAnsweringFeatures, contexts: list[str]
+    outputs: dict[str, npt.NDArray[Any]],
+    features: QuestionAnsweringFeatures,
+    contexts: list[str],
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> list[Found]:
-    """What the `best_spans` of all `features` say, for each context.
+    """What the `best_spans` of all `features` say, for each context. `meanwhile` is called now and then, such as to
+    raise an error when the time is up.
 
     A score is a sum of probabilities in windows that overlap, and so may exceed 1; it is cut there, after sorting.
     """
@@ -90,7 +98,11 @@ def answers_of(
     offset = features.char_starts.offsets[window]
     start = features.char_starts.values[offset + outputs["start"][is_span]].astype(np.int64)
     end = features.char_ends.values[offset + outputs["end"][is_span]].astype(np.int64)
-    start, end = spans_of_whole_characters(contexts, features.example[window], start, end)
+    for at in range(0, len(start), SPANS_PER_PART):
+        part = slice(at, at + SPANS_PER_PART)
+        own = features.example[window[part]]
+        start[part], end[part] = spans_of_whole_characters(contexts, own, start[part], end[part])
+        meanwhile()
 
     found = [_Merged() for _ in contexts]
     columns = (features.example[window], probability[is_span], start, end)

@@ -1,7 +1,6 @@
 """What an evaluation of question answering found, question by question."""
 
 import bisect
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,10 @@ OUTCOMES = {"no_answer_predicted": "no answer predicted", "has_no_answer": "has 
 
 QUESTION_WORD = re.compile(r"\b(who|whom|whose|what|when|where|why|how|which)\b", re.IGNORECASE)
 QUESTION_WORDS = ("who", "what", "when", "where", "why", "how", "which", "other")
+
+
+MOST = 1e15
+"""Of a figure that can be drawn; what is beyond, or no number, was not found by an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def _found(examples: Sequence[Example], files: Mapping[str, Any]) -> tuple[dict[
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if type(value) in (int, float) and math.isfinite(value) else None
+    return float(value) if type(value) in (int, float) and abs(value) < MOST else None
 
 
 def _alternatives(rows: Any, context: str) -> tuple[Alternative, ...]:
@@ -214,7 +217,7 @@ def _add_thresholds(review: Review, examples: Sequence[Example], found: Mapping[
         return {name: percent(np.where(odds > one, ~has_answer, each).astype(float)) for name, each in scores.items()}
 
     curves = {FIGURES[name]: threshold_curve(each, odds, has_answer) for name, each in scores.items()}
-    places = {"present": threshold}
+    places = {"present": threshold} if abs(threshold) < MOST else {}
     for name, each in scores.items():
         highest, place = best_threshold(each, odds, has_answer, is_empty)
         # where "no answer" for all is best, the official search says 0, which is not what gives that
