@@ -2,12 +2,13 @@
 
 import string
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,9 +16,11 @@ from transformers import AutoModelForTokenClassification, PretrainedConfig
 
 from qa_dist.config import RunConfig
 from qa_dist.errors import UserError
+from qa_dist.tasks.splits import Examples
 from qa_dist.tasks.task import Batch, CardWords, FeatureSet, Review, Score, Task
 from qa_dist.tasks.token_classification import features, scheme
 from qa_dist.tasks.token_classification import review as reviewing
+from qa_dist.tasks.token_classification.data import Example
 from qa_dist.tasks.token_classification.decoding import decode, found_entities
 from qa_dist.tasks.token_classification.features import IGNORED, TokenClassificationFeatures
 from qa_dist.tasks.token_classification.labels import (
@@ -126,15 +129,19 @@ class TokenClassification(Task):
                 raise UserError(f"{split}: {error}") from None
 
         table, key = cached_windows(source, self.tokenizer, settings, (features, scheme), build, labels)
-        return TokenClassificationFeatures(
-            table,
-            key,
-            padding_of(self.tokenizer),
-            lambda: source.loaded,
-            self.tokenizer.padding_side,
-            settings.max_length,
-            source.is_labelled,
-        )
+        return self._features(table, key, lambda: source.loaded, labelled=source.is_labelled)
+
+    def windows(self, examples: list[Example]) -> TokenClassificationFeatures:
+        """Those of `examples`, in memory and without labels."""
+        sizes = {"max_length": self.config.data.max_length, "stride": self.config.data.stride}
+        table = features.build_features(examples, self.tokenizer, None, **sizes).combine_chunks()
+        return self._features(table, "", lambda: Examples(examples), labelled=False)
+
+    def _features(
+        self, table: pa.Table, key: str, examples: Callable[[], Examples[Example]], *, labelled: bool
+    ) -> TokenClassificationFeatures:
+        side, longest = self.tokenizer.padding_side, self.config.data.max_length
+        return TokenClassificationFeatures(table, key, padding_of(self.tokenizer), examples, side, longest, labelled)
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """Mean of the cross-entropies of the window's words; 0 where no word begins in it.
