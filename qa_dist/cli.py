@@ -30,6 +30,7 @@ COMMANDS = {
     "evaluate": "Score a trained model: --model DIR --data.validation_file FILE --run.output_dir DIR.",
     "predict": "Answer questions, or find entities: --model DIR --data.validation_file FILE --run.output_dir DIR.",
     "answer": "Answer a question from a text, or a file of questions: --model DIR --question TEXT --context_file FILE.",
+    "tag": "Find the entities in a text, or in a file of texts: --model DIR --text_file FILE.",
     "serve": "Serve a page to ask a model on: --model DIR.",
     "report": "Make one HTML page of a run's curves, figures and examples: report RUN [--compare OTHER_RUN].",
     "score": "Score a file of predictions as the official script does: --predictions FILE --data.validation_file FILE.",
@@ -150,7 +151,7 @@ def _dispatch(args: list[str]) -> int:
         from qa_dist.launching.command import launch
 
         return launch(args, _settings_of, show=print, say=_say)
-    if command in ("answer", "serve"):
+    if command in ("answer", "tag", "serve"):
         from qa_dist.inference import commands
 
         return getattr(commands, command)(args, show=_show, say=_say)

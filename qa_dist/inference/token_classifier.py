@@ -60,6 +60,8 @@ class TokenClassifier:
     A classifier may be used from several threads at once.
     """
 
+    task_name = TokenClassification.name
+
     def __init__(self, trained: TrainedModel, *, batch_size: int | None = None, compile: bool = False):
         """`batch_size`: windows that the model reads at once. `compile`: with torch.compile."""
         task = trained.task
