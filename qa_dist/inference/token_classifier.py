@@ -112,7 +112,7 @@ class TokenClassifier:
         return list(found) if isinstance(text, Sequence) else found
 
     def _stream(self, texts: Iterator[Text], meanwhile: Callable[[], None]) -> Iterator[list[Entity]]:
-        for chunk in chunks(texts, lambda text: len(text) if isinstance(text, str) else sum(map(len, text))):
+        for chunk in chunks(texts, lambda text: len(str(text))):
             yield from self._entities(chunk, meanwhile)
 
     def _entities(self, texts: list[Text], meanwhile: Callable[[], None]) -> list[list[Entity]]:
