@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qa_dist.inference.question_answerer import QuestionAnswerer
+    from qa_dist.inference.token_classifier import TokenClassifier
 
 __version__ = "0.1.0"
-__all__ = ["QuestionAnswerer"]
+__all__ = ["QuestionAnswerer", "TokenClassifier"]
 
 
 def __getattr__(name: str) -> Any:
@@ -14,4 +15,8 @@ def __getattr__(name: str) -> Any:
         from qa_dist.inference.question_answerer import QuestionAnswerer
 
         return QuestionAnswerer
+    if name == "TokenClassifier":
+        from qa_dist.inference.token_classifier import TokenClassifier
+
+        return TokenClassifier
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Sequence
 
-from qa_dist.config import RunConfig, TrainConfig
-from qa_dist.config_sources import Check, Problem
+from qa_dist.config import OWN_SETTINGS, RunConfig, TrainConfig
+from qa_dist.config_sources import Check, Problem, leaves
 from qa_dist.errors import UserError
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -13,7 +13,7 @@ BRANCH = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
 
 def paths(config: RunConfig, keys: Sequence[str] = ("data.train_file", "data.validation_file")) -> list[Problem]:
     """Files that are not there, of the settings `keys`."""
-    from qa_dist.tasks.question_answering.reading import expand
+    from qa_dist.tasks.reading import expand
 
     problems = []
     for key in keys:
@@ -64,8 +64,25 @@ Rule = tuple[tuple[str, ...], bool, str]
 
 def combinations(config: RunConfig) -> list[Problem]:
     """Settings that are right by themselves, but not together."""
-    rules = [*_data_rules(config), *_training_rules(config)]
+    rules = [*_task_rules(config), *_data_rules(config), *_training_rules(config)]
     return [Problem(keys, message) for keys, broken, message in rules if broken]
+
+
+def _task_rules(config: RunConfig) -> list[Rule]:
+    fields = dict(leaves())
+
+    def is_set(key: str) -> bool:
+        value: object = config
+        for name in key.split("."):
+            value = getattr(value, name, None)
+        return value is not None and value != fields[key].get_default(call_default_factory=True)
+
+    return [
+        ((key, "task"), is_set(key), f"{key}: is for {task}, and the task is {config.task}; leave it out")
+        for task, keys in OWN_SETTINGS.items()
+        if task != config.task
+        for key in keys
+    ]
 
 
 def _data_rules(config: RunConfig) -> list[Rule]:

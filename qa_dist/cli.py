@@ -28,8 +28,9 @@ COMMANDS = {
     "train": "Fine-tune a model and evaluate it after every epoch.",
     "launch": "Start train, evaluate, predict or doctor on all GPUs of this machine, or of a SLURM job: launch train …",
     "evaluate": "Score a trained model: --model DIR --data.validation_file FILE --run.output_dir DIR.",
-    "predict": "Answer the questions of a data file: --model DIR --data.validation_file FILE --run.output_dir DIR.",
+    "predict": "Answer questions, or find entities: --model DIR --data.validation_file FILE --run.output_dir DIR.",
     "answer": "Answer a question from a text, or a file of questions: --model DIR --question TEXT --context_file FILE.",
+    "tag": "Find the entities in a text, or in a file of texts: --model DIR --text_file FILE.",
     "serve": "Serve a page to ask a model on: --model DIR.",
     "report": "Make one HTML page of a run's curves, figures and examples: report RUN [--compare OTHER_RUN].",
     "score": "Score a file of predictions as the official script does: --predictions FILE --data.validation_file FILE.",
@@ -150,7 +151,7 @@ def _dispatch(args: list[str]) -> int:
         from qa_dist.launching.command import launch
 
         return launch(args, _settings_of, show=print, say=_say)
-    if command in ("answer", "serve"):
+    if command in ("answer", "tag", "serve"):
         from qa_dist.inference import commands
 
         return getattr(commands, command)(args, show=_show, say=_say)
@@ -309,6 +310,8 @@ def _score(config: RunConfig, options: dict[str, str | None]) -> int:
 
     from qa_dist.tasks.question_answering.scoring import score_file
 
+    if config.task != "question_answering":
+        raise UserError("qa-dist score knows the files of question answering only; qa-dist evaluate scores a model")
     predictions, null_odds = options["predictions"], options["null_odds"]
     if predictions is None:
         raise UserError("--predictions: is not set; name a JSON file of predictions")

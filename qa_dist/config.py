@@ -24,8 +24,9 @@ def _as_names(value: object) -> object:
     return () if value is None or value == ["none"] else (value,) if isinstance(value, str | Path) else value
 
 
-FileNames = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
+FileNames = Annotated[tuple[Annotated[str, "PATH"], ...], BeforeValidator(_as_names)]
 """One file name or several."""
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
 
 
 class Section(BaseModel):
@@ -41,7 +42,7 @@ class Section(BaseModel):
 
 
 class SyntheticConfig(Section):
-    """A built-in corpus in SQuAD form, generated from a seed: for demos and tests, without a network."""
+    """A built-in corpus of the task, generated from a seed: for demos and tests, without a network."""
 
     train_examples: PositiveInt = 6000
     """Number of training examples."""
@@ -50,7 +51,7 @@ class SyntheticConfig(Section):
     unanswerable_share: float = Field(default=0.0, ge=0.0, le=1.0)
     """Share of questions that the context does not answer; needs data.unanswerable allow."""
     long_share: float = Field(default=0.1, ge=0.0, le=1.0)
-    """Share of contexts of about 250 words, longer than one window of the demo."""
+    """Share of contexts (or texts) of about 250 words, longer than one window of the demo."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the corpus; the same seed gives the same corpus on every machine."""
 
@@ -60,7 +61,8 @@ class DataConfig(Section):
 
     train_file: FileNames = ()
     """Training examples: one or more files, or patterns such as data/*.json. SQuAD's nested JSON, a flat JSON list,
-    JSON lines, CSV, TSV or Parquet; each may be compressed with gzip."""
+    JSON lines, CSV, TSV or Parquet; for token classification columns as in the CoNLL shared tasks, JSON, JSON lines or
+    Parquet. Each may be compressed with gzip."""
     validation_file: FileNames = ()
     """Validation examples, in the same forms; where nothing names any, nothing is evaluated."""
     dataset: str | None = None
@@ -73,9 +75,14 @@ class DataConfig(Section):
     """Split of the data set to evaluate on."""
     columns: dict[str, str] = {}
     """Names of the columns, where they are not id, question, context and answers; answers may also be the two columns
-    answer_text and answer_start. Such as {context: passage, id: question_id}."""
+    answer_text and answer_start. Such as {context: passage, id: question_id}. For token classification id, tokens and
+    ner_tags, such as {ner_tags: labels}; of columns without names their numbers, such as {tokens: '2'}."""
+    labels: Names = ()
+    """For token classification: the names of all labels, such as O B-PER I-PER, in the order of their numbers where
+    tags are numbers. By default those of the data set, or those found in the training examples."""
     validation_share: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of the training examples to hold out for validation, in whole contexts; instead of validation data."""
+    """Share of the training examples to hold out for validation, in whole contexts (or sentences); instead of
+    validation data."""
     max_train_samples: PositiveInt | None = None
     """Train on the first so many examples only."""
     max_validation_samples: PositiveInt | None = None
@@ -89,9 +96,9 @@ class DataConfig(Section):
     """What to do with questions that have no answer: stop, leave them out, or learn to predict "no answer"
     (SQuAD 2.0)."""
     max_length: PositiveInt = 384
-    """Longest window, in tokens: question, context and special tokens together."""
+    """Longest window, in tokens: question, context (or words) and special tokens together."""
     stride: NonNegativeInt = 128
-    """Context tokens that two neighbouring windows of one example share."""
+    """Tokens, of the context or the words, that two neighbouring windows of one example share."""
     cache_dir: Path | None = None
     """Where prepared features are kept; by default qa_dist/ in the cache of `datasets`."""
 
@@ -277,6 +284,20 @@ CARRIED_SETTINGS = (
 """Settings that travel with a trained model, for whoever uses it; nothing else is taken from there."""
 
 
+OWN_SETTINGS = {
+    "question_answering": (
+        "data.synthetic.unanswerable_share",
+        "data.on_misaligned",
+        "data.unanswerable",
+        "evaluation.n_best",
+        "evaluation.max_answer_length",
+        "evaluation.null_score_diff_threshold",
+    ),
+    "token_classification": ("data.labels",),
+}
+"""Settings that mean something to one task only."""
+
+
 FREE_TO_CHANGE = (
     "run",
     "checkpoint",
@@ -308,7 +329,7 @@ computed. That training data and tokenizer are the same is seen from the feature
 class RunConfig(Section):
     """Every setting of a run."""
 
-    task: Literal["question_answering"] = "question_answering"
+    task: Literal["question_answering", "token_classification"] = "question_answering"
     """What is learned."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()

@@ -157,11 +157,12 @@ def _metavar(field: FieldInfo) -> str:
         if typing.get_origin(annotation) is Literal:
             return "|".join(map(str, typing.get_args(annotation)))
         if typing.get_origin(annotation) is Annotated:
-            return name(typing.get_args(annotation)[0])
+            inner, *about = typing.get_args(annotation)
+            return next((text for text in about if isinstance(text, str)), None) or name(inner)
         if typing.get_origin(annotation) is dict:
             return "JSON"
         if typing.get_origin(annotation) is tuple:
-            return "PATH ..."
+            return f"{name(typing.get_args(annotation)[0])} ..."
         if args := [a for a in typing.get_args(annotation) if a is not type(None)]:
             return "|".join(map(name, args))
         return {bool: "true|false", str: "TEXT", Path: "PATH"}.get(annotation) or annotation.__name__.upper()

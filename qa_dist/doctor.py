@@ -247,15 +247,14 @@ def _memory(config: RunConfig, launch: LaunchEnvironment) -> "Table":
 
 def _empty_model(config: RunConfig) -> nn.Module:
     """The model without memory for its weights."""
-    from transformers import AutoModelForQuestionAnswering
-
+    from qa_dist.tasks import task_class
     from qa_dist.training.models import pretrained_config
 
     model_config = pretrained_config(config.model)
     try:
         with torch.device("meta"):
-            return AutoModelForQuestionAnswering.from_config(model_config)
+            return task_class(config.task).auto_model.from_config(model_config)
     except ValueError as error:
         raise UserError(
-            f"model.name: no question-answering model can be built from it: {str(error).splitlines()[0]}"
+            f"model.name: no {config.task.replace('_', ' ')} model can be built from it: {str(error).splitlines()[0]}"
         ) from None

@@ -1,26 +1,20 @@
-"""`qa-dist answer` and `qa-dist serve`."""
+"""`qa-dist answer`, `qa-dist tag` and `qa-dist serve`."""
 
 import contextlib
 import json
-import queue
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import tyro
 
 from qa_dist.errors import InputError, UserError
+from qa_dist.inference.lines import Asking, answer_lines
+from qa_dist.inference.options import AnswerOptions, ServeOptions, TagOptions
 
-if TYPE_CHECKING:  # heavy imports wait until the options are known to be right
-    from qa_dist.inference.question_answerer import QuestionAnswerer
-
-LINES_AT_ONCE = 1024
-"""Lines of questions that are answered together, where so many are there to be read."""
-OWN_FIELDS = ("question", "context", "answers", "line", "error", "score", "start", "end", "answer", "windows")
-"""Of a line of questions, those that are not passed on: they would be taken for the answer's."""
+ANSWER_FIELDS = frozenset({"question", "context", "answers", "score", "start", "end", "answer", "windows"})
+TAG_FIELDS = frozenset({"text", "tokens", "ner_tags", "entities"})
 MOST_SECONDS = 86_400
 """That an answer of the server may take."""
 LONG_CONTEXT = 300_000
@@ -30,88 +24,6 @@ Say = Callable[[str], None]
 Options = TypeVar("Options")
 
 
-@dataclass
-class ModelOptions:
-    """Which model is asked, and how."""
-
-    model: str
-    """Model directory, run directory, or id on the Hugging Face Hub."""
-    revision: str | None = None
-    """Branch, tag or commit on the Hub."""
-    device: str | None = None
-    """Such as cuda:1 or cpu; by default the accelerator, if there is one."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision that the model computes in."""
-    batch_size: int | None = None
-    """Windows that the model reads at once; by default 4 on a CPU and 32 elsewhere."""
-    max_answer_length: int | None = None
-    """Longest answer, in tokens; by default the model's own."""
-    no_answer_threshold: float | None = None
-    """Of SQuAD 2.0: no answer where its score exceeds the best answer's by more; by default the model's own."""
-    compile: bool = False
-    """Compile the model; worth its while from some thousand questions on."""
-    trust_remote_code: bool = False
-    """Run code that comes with the model's repository. Only for repositories whose code you have read."""
-
-    def load(self) -> "QuestionAnswerer":
-        import transformers
-
-        from qa_dist.inference.question_answerer import QuestionAnswerer
-
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        return QuestionAnswerer.from_pretrained(
-            self.model,
-            revision=self.revision,
-            device=self.device,
-            dtype=self.dtype,
-            trust_remote_code=self.trust_remote_code,
-            batch_size=self.batch_size,
-            max_answer_length=self.max_answer_length,
-            no_answer_threshold=self.no_answer_threshold,
-            compile=self.compile,
-        )
-
-
-Answering = Annotated[ModelOptions, tyro.conf.OmitArgPrefixes]
-
-
-@dataclass
-class AnswerOptions:
-    """Answer a question from a text, or many questions of a file."""
-
-    answering: Answering
-    question: str | None = None
-    """The question."""
-    context: str | None = None
-    """The text that may answer it."""
-    context_file: str | None = None
-    """Instead: a file that holds the text; - for standard input."""
-    input: str | None = None
-    """Instead of one question: a file of JSON lines with question and context, - for standard input; each line gives a
-    line of JSON with the answer and what else the line held (but for fields of the
-    answer's names). Lines that cannot be answered give one with the error."""
-    top_k: int = 1
-    """Number of answers, best first."""
-    json: bool = False
-    """Print the answers to one question as JSON."""
-
-
-@dataclass
-class ServeOptions:
-    """Serve a page to ask the model on, and POST /answer for programs."""
-
-    answering: Answering
-    host: str = "127.0.0.1"
-    """Address to listen on. Other machines reach only what is not a loopback address; there is no password."""
-    port: int = 8000
-    """Port to listen on; 0 for any that is free."""
-    max_characters: int = 200_000
-    """Longest question and context of a request, together."""
-    timeout: float = 60.0
-    """Seconds that an answer may take."""
-
-
 def answer(args: Sequence[str], show: Say, say: Say) -> int:
     """`qa-dist answer`. `show` gets the answers, `say` what is remarked on them. Exit code 2 if a line of a file of
     questions could not be answered; raises `UserError` for one question."""
@@ -119,7 +31,7 @@ def answer(args: Sequence[str], show: Say, say: Say) -> int:
     if options.input is not None:
         if options.question is not None or options.context is not None or options.context_file is not None:
             raise UserError("--input: names the questions and contexts; leave out --question and --context")
-        return _answer_lines(options, options.input, show, say)
+        return _answer_file(options, options.input, show, say)
     if options.question is None:
         raise UserError("--question: is not set; ask one, or name a file of questions (--input)")
     if (options.context is None) == (options.context_file is None):
@@ -141,10 +53,76 @@ def answer(args: Sequence[str], show: Say, say: Say) -> int:
         show(json.dumps(result, ensure_ascii=False, indent=2))
         return 0
     for found in answers:
-        text = "".join(c if c.isprintable() else " " for c in found["answer"])  # no commands to the terminal
-        text = " ".join(text.split()) or "(no answer)"
+        text = _printable(found["answer"]) or "(no answer)"
         show(f"{found['score']:.3f}  {text}" + (f"  [{found['start']}:{found['end']}]" if found["answer"] else ""))
     return 0
+
+
+def _answer_file(options: AnswerOptions, name: str, show: Say, say: Say) -> int:
+    from qa_dist.inference.question_answerer import text_problem
+
+    with _opened(name) as file:
+        answerer = options.answering.load()
+
+        def ask(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            results = answerer([(line["question"], line["context"]) for line in lines], top_k=options.top_k)
+            return [{"answers": result} if isinstance(result, list) else result for result in results]
+
+        def problem(line: dict[str, Any]) -> str | None:
+            return text_problem(line.get("question"), line.get("context"))
+
+        asking = Asking(problem, ask, ANSWER_FIELDS, "a JSON object with question and context")
+        return answer_lines(file, name, asking, show, say)
+
+
+def tag(args: Sequence[str], show: Say, say: Say) -> int:
+    """`qa-dist tag`. `show` gets the entities, `say` what is remarked on them. Exit code 2 if a line of a file of texts
+    could not be read; raises `UserError` for one text."""
+    options = _parse(TagOptions, "tag", args)
+    given = [name for name in ("text", "text_file", "input") if getattr(options, name) is not None]
+    if len(given) != 1:
+        raise UserError(
+            "--text_file: name a file with the text (or -), or --text, or a file of texts (--input); one of them"
+        )
+    if options.input is not None:
+        return _tag_file(options, options.input, show, say)
+    text = options.text if options.text_file is None else _read_text(options.text_file, "--text_file")
+    from qa_dist.inference.token_classifier import text_problem
+
+    if problem := text_problem(text):
+        raise InputError(f"{problem}{f' ({options.text_file})' if options.text_file else ''}")
+    entities = options.tagging.load()(text)
+    if options.json:
+        show(json.dumps(entities, ensure_ascii=False, indent=2))
+        return 0
+    for found in entities:
+        place = f"[{found['start']}:{found['end']}]"
+        show(f"{found['score']:.3f}  {found['entity_group']}  {_printable(found['word'])}  {place}")
+    if not entities:
+        say("there are no entities in it")
+    return 0
+
+
+def _tag_file(options: TagOptions, name: str, show: Say, say: Say) -> int:
+    from qa_dist.inference.token_classifier import text_problem
+
+    def text_of(line: dict[str, Any]) -> Any:
+        return line.get("text", line.get("tokens"))
+
+    with _opened(name) as file:
+        classifier = options.tagging.load()
+
+        def ask(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            return [{"entities": entities} for entities in classifier([text_of(line) for line in lines])]
+
+        def problem(line: dict[str, Any]) -> str | None:
+            return (
+                text_problem(text_of(line)) if {"text", "tokens"} & line.keys() else "there is neither text nor tokens"
+            )
+
+        return answer_lines(
+            file, name, Asking(problem, ask, TAG_FIELDS, "a JSON object with text or tokens"), show, say
+        )
 
 
 def serve(args: Sequence[str], show: Say, say: Say) -> int:
@@ -158,10 +136,8 @@ def serve(args: Sequence[str], show: Say, say: Say) -> int:
         raise UserError("--host: is empty; name an address, such as 127.0.0.1")
     from qa_dist.inference.server import AnswerServer
 
-    answerer = options.answering.load()
     with AnswerServer(
-        answerer,
-        options.answering.model,
+        options.answering.served(),
         options.host,
         options.port,
         max_characters=options.max_characters,
@@ -175,136 +151,42 @@ def serve(args: Sequence[str], show: Say, say: Say) -> int:
     return 0
 
 
+def _printable(text: str) -> str:
+    """In one line, and without commands to the terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def _parse(options: type[Options], command: str, args: Sequence[str]) -> Options:
     return tyro.cli(options, args=args, prog=f"qa-dist {command}", use_underscores=True)
 
 
-def _read_text(name: str) -> str:
+def _read_text(name: str, option: str = "--context_file") -> str:
     try:
         data = _standard_input().read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
-        raise UserError(f"--context_file: {name}: {error.strerror or error}") from None
+        raise UserError(f"{option}: {name}: {error.strerror or error}") from None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"--context_file: {name}: is not UTF-8 text: line {line} holds the byte 0x{data[error.start]:02x}; convert "
+            f"{option}: {name}: is not UTF-8 text: line {line} holds the byte 0x{data[error.start]:02x}; convert "
             "it (such as with iconv)"
         ) from None
+
+
+@contextlib.contextmanager
+def _opened(name: str) -> Iterator[BinaryIO]:
+    """A file of lines; - is standard input."""
+    with contextlib.ExitStack() as stack:
+        try:
+            file = _standard_input() if name == "-" else stack.enter_context(Path(name).open("rb"))
+        except OSError as error:
+            raise UserError(f"--input: {name}: {error.strerror or error}") from None
+        yield file
 
 
 def _standard_input() -> BinaryIO:
     if sys.stdin is None:
         raise UserError("-: standard input is closed")
     return sys.stdin.buffer
-
-
-# ------------------------------------------------------------------------------------------- files of questions
-
-
-@dataclass
-class _Line:
-    number: int
-    """In the file, from 1."""
-    values: dict[str, Any] = field(default_factory=dict)
-    error: str | None = None
-
-
-def _answer_lines(options: AnswerOptions, name: str, show: Say, say: Say) -> int:
-    with contextlib.ExitStack() as stack:
-        try:
-            file = _standard_input() if name == "-" else stack.enter_context(Path(name).open("rb"))
-        except OSError as error:
-            raise UserError(f"--input: {name}: {error.strerror or error}") from None
-        answerer = options.answering.load()
-        count = failed = 0
-        for lines in _at_hand(_read_lines(file)):
-            for line, result in zip(lines, _results(answerer, lines, options.top_k), strict=True):
-                count += 1
-                own = {key: value for key, value in line.values.items() if key not in OWN_FIELDS}
-                if line.error is None:
-                    content = {"answers": result} if isinstance(result, list) else result
-                else:
-                    failed += 1
-                    say(f"{name}, line {line.number}: {line.error}")
-                    content = {"line": line.number, "error": line.error}
-                show(json.dumps(own | content, ensure_ascii=False))
-    if not count:
-        raise UserError(f"--input: {name}: holds no line")
-    if failed:
-        say(f"{failed:,} of {count:,} lines could not be answered")
-    return 2 if failed else 0
-
-
-def _results(answerer: "QuestionAnswerer", lines: list[_Line], top_k: int) -> list[Any]:
-    """The answers of each line, None for one with an error. Errors of single lines are noted in them."""
-    good = [line for line in lines if line.error is None]
-
-    def ask(some: list[_Line]) -> list[Any]:
-        return answerer([(line.values["question"], line.values["context"]) for line in some], top_k=top_k)
-
-    answers: list[Any] = []
-    try:
-        answers = ask(good)
-    except UserError:  # one of them leaves no room for its context: which, is seen one by one
-        for line in good:
-            try:
-                answers += ask([line])
-            except UserError as error:
-                line.error = str(error)
-                answers.append(None)
-    found = iter(answers)
-    is_good = {id(line) for line in good}
-    return [next(found) if id(line) in is_good else None for line in lines]
-
-
-def _read_lines(file: BinaryIO) -> Iterator[_Line]:
-    from qa_dist.inference.question_answerer import text_problem
-
-    for number, data in enumerate(file, 1):
-        line = _Line(number)
-        try:
-            text = data.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            if not text:
-                continue
-            values = json.loads(text)
-            if isinstance(values, dict):
-                line.values = values
-                line.error = text_problem(values.get("question"), values.get("context"))
-            else:
-                line.error = "is not a JSON object with question and context"
-        except UnicodeDecodeError as error:
-            line.error = f"is not UTF-8 text (byte 0x{data[error.start]:02x} at {error.start})"
-        except (ValueError, RecursionError) as error:
-            line.error = f"is not JSON: {error}"
-        yield line
-
-
-def _at_hand(lines: Iterable[_Line]) -> Iterator[list[_Line]]:
-    """`lines` as they come: those that have been read while others were answered, together. So a file is answered in
-    large parts, and a program that waits for each answer before it asks on is not kept waiting."""
-    waiting: queue.Queue[_Line | Exception | None] = queue.Queue(LINES_AT_ONCE)
-
-    def read() -> None:
-        try:
-            for line in lines:
-                waiting.put(line)
-            waiting.put(None)
-        except Exception as error:  # told where the lines are used
-            waiting.put(error)
-
-    threading.Thread(target=read, daemon=True).start()
-    ended = False
-    while not ended:
-        batch = [waiting.get()]
-        while len(batch) < LINES_AT_ONCE and not waiting.empty():
-            batch.append(waiting.get())
-        last = batch[-1]
-        ended = not isinstance(last, _Line)
-        if found := [line for line in batch if isinstance(line, _Line)]:
-            yield found  # also what was read before an error
-        if isinstance(last, OSError):
-            raise UserError(f"--input: cannot be read any further: {last.strerror or last}")
-        if isinstance(last, Exception):
-            raise last

@@ -11,7 +11,7 @@ from torch import nn
 from qa_dist.config import RunConfig
 from qa_dist.config_sources import Source, resolve
 from qa_dist.errors import UserError
-from qa_dist.tasks import load_task
+from qa_dist.tasks import TASKS, load_task
 from qa_dist.tasks.task import Task
 from qa_dist.tasks.tokenizer import load_tokenizer
 from qa_dist.training.export import DTYPES, exported_settings
@@ -48,10 +48,7 @@ def load_trained(
     models that were trained elsewhere; each is lowered to what the model can take. Raises `UserError` for what cannot
     be loaded or has no head for the task.
     """
-    if (Path(name) / "model" / "config.json").is_file() and not (Path(name) / "config.json").exists():
-        name = str(Path(name) / "model")  # a run directory
-    if revision is not None and not Path(name).is_dir():
-        name = _fetched(name, revision)
+    name = _located(name, revision)
     exported = exported_settings(name, with_findings=True)
     settings = Source()
     settings.put("task", task, "task")
@@ -70,6 +67,30 @@ def load_trained(
     place = _device(device)
     model = model.requires_grad_(False).eval().to(place, _dtype(dtype))
     return TrainedModel(loaded, model, place)
+
+
+def task_of(name: str, revision: str | None = None) -> str | None:
+    """The task of a trained model: what was stored with it, or what its config's architecture says; None where neither
+    tells."""
+    name = _located(name, revision)
+    stored = exported_settings(name).values.get("task")
+    if stored is not None:
+        return str(stored)
+    config = pretrained_config(RunConfig.model_validate({"model": {"name": name}}).model)
+    found = [kind for kind in TASKS if any(_is_for(kind, one) for one in getattr(config, "architectures", None) or ())]
+    return found[0] if found else None
+
+
+def _is_for(task: str, architecture: str) -> bool:
+    """Whether transformers' name of an architecture, such as BertForTokenClassification, is of the task."""
+    return f"For{task.title().replace('_', '')}" in architecture
+
+
+def _located(name: str, revision: str | None) -> str:
+    """The model directory of a run directory; the fetched files of a revision on the Hub; else `name`."""
+    if (Path(name) / "model" / "config.json").is_file() and not (Path(name) / "config.json").exists():
+        return str(Path(name) / "model")
+    return _fetched(name, revision) if revision is not None and not Path(name).is_dir() else name
 
 
 def _lower(settings: Source, config: RunConfig) -> None:

@@ -1,9 +1,7 @@
 """Questions to a trained model: `QuestionAnswerer`, in place of transformers' removed pipeline."""
 
-import contextlib
 import itertools
 import math
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypedDict
@@ -11,25 +9,20 @@ from typing import Any, Self, TypedDict
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from qa_dist.errors import InputError, UserError
 from qa_dist.inference.loading import TrainedModel, load_trained
-from qa_dist.tasks.question_answering.data import Example, is_unicode
+from qa_dist.inference.reader import Reader, chunks, require_whole_number, until
+from qa_dist.tasks.question_answering.data import Example
 from qa_dist.tasks.question_answering.features import NoRoomError, QuestionAnsweringFeatures
 from qa_dist.tasks.question_answering.probabilities import Found, answers_of, best_spans
 from qa_dist.tasks.question_answering.task import QuestionAnswering
-from qa_dist.training.batching import evaluation_batches
+from qa_dist.tasks.reading import is_unicode
+from qa_dist.tasks.task import Batch
 
 MOST_ANSWERS = 1000
 """That can be asked for."""
-QUESTIONS_PER_CHUNK = 1024
-"""Questions whose windows are sorted by length together."""
-CHARACTERS_PER_CHUNK = 8_000_000
-"""Of their contexts, so that the windows of long ones do not fill the memory."""
-WINDOWS_ON_CPU, WINDOWS_ON_ACCELERATOR = 4, 32
-"""That the model reads at once by default. On a CPU more of them fall out of the caches: 32 take a quarter longer."""
-COMPILED_MULTIPLE = 64
-"""Lengths are multiples of this where the model is compiled, so that there are few shapes to compile for."""
 PIPELINE_DEFAULTS = {"data.max_length": 384, "data.stride": 128, "evaluation.max_answer_length": 15}
 """Of the removed pipeline; for models that were not trained here and so carry no settings of their own."""
 
@@ -91,24 +84,17 @@ class QuestionAnswerer:
         `compile`: with torch.compile; worth its while from some thousand questions on."""
         task = trained.task
         assert isinstance(task, QuestionAnswering)
-        for name, value in (("max_answer_length", max_answer_length), ("batch_size", batch_size)):
-            if value is not None and (type(value) is not int or value < 1):
-                raise InputError(f"{name}: {value!r} is not a whole number above 0")
+        require_whole_number("max_answer_length", max_answer_length)
         if no_answer_threshold is not None and not -math.inf <= no_answer_threshold <= math.inf:
             raise InputError(f"no_answer_threshold: {no_answer_threshold!r} is not a number")
-        self.task, self.device = task, trained.device
+        self.task = task
+        self.reader = Reader(trained, batch_size, compile)
         self.max_answer_length = max_answer_length or task.config.evaluation.max_answer_length
         self.align_to_words = align_to_words
-        self.batch_size = batch_size or (WINDOWS_ON_CPU if self.device.type == "cpu" else WINDOWS_ON_ACCELERATOR)
         self.no_answer_threshold = no_answer_threshold
         """Of SQuAD 2.0, in logits; None for a model that always answers."""
         if no_answer_threshold is None and task.config.data.unanswerable == "allow":
             self.no_answer_threshold = task.config.evaluation.null_score_diff_threshold
-        self._model: Any = torch.compile(trained.model) if compile else trained.model
-        self._multiple = COMPILED_MULTIPLE if compile else 8
-        # Tokenizers that are asked by two threads at once raise "Already borrowed", and torch.compile compiles twice.
-        self._tokenizer_lock = threading.Lock()
-        self._model_lock = threading.Lock() if compile else contextlib.nullcontext()
 
     @classmethod
     def from_pretrained(
@@ -158,9 +144,8 @@ class QuestionAnswerer:
         Raises `InputError` (a `ValueError`) for an empty question or context and for a question that leaves no room
         for a context, naming it, and `TimeoutError` if all this takes more than `timeout` seconds.
         """
-        if type(top_k) is not int or not 1 <= top_k <= MOST_ANSWERS:
-            raise InputError(f"top_k: {top_k!r} is not a whole number from 1 to {MOST_ANSWERS:,}")
-        how = (top_k, handle_impossible_answer, None if timeout is None else time.monotonic() + timeout)
+        require_whole_number("top_k", top_k, MOST_ANSWERS)
+        how = (top_k, handle_impossible_answer, until(None if timeout is None else time.monotonic() + timeout))
         if context is None:
             question, context = _alone(question)
         if isinstance(question, str):
@@ -178,11 +163,11 @@ class QuestionAnswerer:
         """Answers in the order of `questions`, of which no more are taken than are answered together."""
         count = itertools.count(1)
         pairs = (_pair(question, f"question {next(count)}") for question in questions)
-        for chunk in _chunks(pairs):
+        for chunk in chunks(pairs, lambda pair: len(pair[1])):
             yield from self._answer(chunk, *how)
 
     def _answer(
-        self, pairs: list[tuple[str, str]], top_k: int, impossible: bool | None, deadline: float | None
+        self, pairs: list[tuple[str, str]], top_k: int, impossible: bool | None, meanwhile: Callable[[], None]
     ) -> list[Any]:
         for question, context in pairs:
             if problem := text_problem(question, context):
@@ -191,8 +176,7 @@ class QuestionAnswerer:
             impossible = self.no_answer_threshold is not None
         examples = [Example(str(i), question, context, (), ()) for i, (question, context) in enumerate(pairs)]
         try:
-            with self._tokenizer_lock:
-                windows = self.task.windows(examples, whole_words=self.align_to_words)
+            windows = self.reader.windows(lambda: self.task.windows(examples, whole_words=self.align_to_words))
         except NoRoomError as error:
             question = pairs[int(error.places[0])][0]
             raise InputError(
@@ -201,13 +185,8 @@ class QuestionAnswerer:
             ) from None
         # Some of the spans become one answer.
         count = 2 * top_k + 10 if self.align_to_words else top_k
-
-        def look_at_the_clock() -> None:
-            if deadline is not None and time.monotonic() > deadline:
-                raise TimeoutError("the time is up")
-
-        spans = self._spans(windows, count, look_at_the_clock)
-        found = answers_of(spans, windows, [context for _, context in pairs], look_at_the_clock)
+        spans = self._spans(windows, count, meanwhile)
+        found = answers_of(spans, windows, [context for _, context in pairs], meanwhile)
         results = []
         for (_, context), own in zip(pairs, found, strict=True):
             answers = self._ranked(own, context, impossible)[:top_k]
@@ -218,20 +197,14 @@ class QuestionAnswerer:
         self, windows: QuestionAnsweringFeatures, count: int, meanwhile: Callable[[], None]
     ) -> dict[str, npt.NDArray[Any]]:
         """The best spans of all windows, in their order. The model reads those of similar length together."""
-        batches = evaluation_batches(windows.lengths, self.batch_size)
-        parts: list[dict[str, npt.NDArray[Any]]] = []
-        for indices in batches:
-            meanwhile()
-            batch = windows.collate(indices, self._multiple).to(self.device)
-            with torch.inference_mode(), self._model_lock:
-                output = self._model(**batch.inputs)
-                places = (batch.targets[name] for name in ("context_begin", "context_end", "cls"))
-                spans = best_spans(
-                    output.start_logits, output.end_logits, *places,
-                    count=count, max_answer_length=self.max_answer_length,
-                )  # fmt: skip
-                parts.append({name: tensor.cpu().numpy() for name, tensor in spans.items()})
-        order = np.argsort(np.concatenate(batches))
+
+        def pick(output: Any, batch: Batch) -> dict[str, Tensor]:
+            places = (batch.targets[name] for name in ("context_begin", "context_end", "cls"))
+            sizes = {"count": count, "max_answer_length": self.max_answer_length}
+            return best_spans(output.start_logits, output.end_logits, *places, **sizes)
+
+        indices, parts = zip(*self.reader.read(windows, pick, meanwhile), strict=True)
+        order = np.argsort(np.concatenate(indices))
         joined = {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}
         if not np.isfinite(joined["null_probability"]).all():
             raise UserError(
@@ -297,24 +270,3 @@ def _pair(question: Question, place: str) -> tuple[str, str]:
             "questions and the contexts"
         )
     return pair
-
-
-def _chunks(pairs: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    chunk: list[tuple[str, str]] = []
-    characters = 0
-    while True:
-        try:
-            pair = next(pairs, None)
-        except Exception:
-            if chunk:
-                yield chunk  # what came before the error is answered
-            raise
-        if pair is None:
-            break
-        chunk.append(pair)
-        characters += len(pair[1])
-        if len(chunk) == QUESTIONS_PER_CHUNK or characters > CHARACTERS_PER_CHUNK:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk

@@ -16,12 +16,10 @@ from ipaddress import ip_address
 from typing import Any
 
 from qa_dist.errors import UserError
-from qa_dist.inference.question_answerer import QuestionAnswerer
+from qa_dist.inference.served import Served
 
 MOST_CONNECTIONS = 32
 """At a time; more are closed at once, so that those who only hold one open do not fill the memory."""
-MOST_ANSWERS = 50
-"""That a request may ask for."""
 IDLE_SECONDS = 15.0
 """How long a client may take to send anything more of its request."""
 MOST_DISCARDED = 100_000_000
@@ -47,8 +45,7 @@ class AnswerServer(ThreadingHTTPServer):
 
     def __init__(
         self,
-        answerer: QuestionAnswerer,
-        name: str,
+        served: Served,
         host: str,
         port: int,
         *,
@@ -56,9 +53,9 @@ class AnswerServer(ThreadingHTTPServer):
         timeout: float,
         log: Callable[[str], None],
     ):
-        """`name`: of the model, for the page. `max_characters`: of question and context together. `timeout`: seconds
-        that an answer may take. Raises `UserError` where `host` and `port` cannot be listened on."""
-        self.answerer, self.name, self.log = answerer, name, log
+        """`max_characters`: of the texts of a request together. `timeout`: seconds that an answer
+        may take. Raises `UserError` where `host` and `port` cannot be listened on."""
+        self.served, self.log = served, log
         self.max_characters, self.answer_timeout = max_characters, timeout
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.turn = threading.Semaphore(1)
@@ -167,13 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _part(self) -> tuple[str, bytes]:
         path = self.path.partition("?")[0]
         if path == "/model":
-            return _json(
-                {
-                    "name": self.server.name,
-                    "max_characters": self.server.max_characters,
-                    "may_refuse": self.server.answerer.no_answer_threshold is not None,
-                }
-            )
+            return _json({**self.server.served.about, "max_characters": self.server.max_characters})
         if path not in PARTS:
             raise _RefusedError(
                 HTTPStatus.NOT_FOUND, "there is no such page; the page is at /, the answers at POST /answer"
@@ -188,23 +179,17 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get_content_type() != "application/json":
             raise _RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send JSON, as Content-Type: application/json")
         values = self._values()
-        question, context, top_k = values.get("question"), values.get("context"), values.get("top_k", 1)
-        if not isinstance(question, str) or not isinstance(context, str):
-            raise _RefusedError(HTTPStatus.BAD_REQUEST, "question and context are needed, both texts")
-        if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= MOST_ANSWERS:
-            raise _RefusedError(HTTPStatus.BAD_REQUEST, f"top_k is a number from 1 to {MOST_ANSWERS}")
-        if len(question) + len(context) > self.server.max_characters:
+        if sum(map(len, self.server.served.texts(values))) > self.server.max_characters:
             raise self._too_long()
         begin = time.monotonic()
         if not self.server.turn.acquire(timeout=self.server.answer_timeout):
             raise _RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "other questions are being answered; try again")
         try:
             left = self.server.answer_timeout - (time.monotonic() - begin)
-            result = self.server.answerer(question, context, top_k=top_k, timeout=left)
+            reply = self.server.served.ask(values, left)
         finally:
             self.server.turn.release()
-        answers = result if isinstance(result, list) else [result]
-        return _json({"answers": answers, "seconds": time.monotonic() - begin})
+        return _json({**reply, "seconds": time.monotonic() - begin})
 
     def _values(self) -> dict[str, Any]:
         length = self.headers.get("Content-Length", "")
@@ -219,7 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
         except (ValueError, RecursionError):
             raise _RefusedError(HTTPStatus.BAD_REQUEST, "the request is not JSON in UTF-8") from None
         if not isinstance(values, dict):
-            raise _RefusedError(HTTPStatus.BAD_REQUEST, "the request is not a JSON object with question and context")
+            raise _RefusedError(HTTPStatus.BAD_REQUEST, "the request is not a JSON object")
         return values
 
     def _parts(self, length: int) -> Iterator[bytes]:
@@ -237,7 +222,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _too_long(self) -> _RefusedError:
         limit = self.server.max_characters
-        message = f"question and context have more than {limit:,} characters together; the limit is --max_characters"
+        message = f"the texts have more than {limit:,} characters together; the limit is --max_characters"
         return _RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
 
     def log_message(self, format: str, *args: Any) -> None:

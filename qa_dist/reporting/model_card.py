@@ -301,7 +301,7 @@ def _data(data: DataConfig) -> list[str]:
     else:
         splits = [_escaped(listing([file_name(file) for file in f])) for f in (data.train_file, data.validation_file)]
     if data.validation_share:
-        splits[1] = f"a share of {data.validation_share} of these, in whole contexts, that was not trained on"
+        splits[1] = f"a share of {data.validation_share} of these, in whole texts, that was not trained on"
     lines = [f"- {name}: {text}" for name, text in zip(("Training", "Validation"), splits, strict=True) if text]
     return ["## Data", "\n".join(lines)] if lines else []
 
@@ -352,7 +352,7 @@ def _draw_losses(axes: Any, read: _Run) -> None:
 
 def _draw_scores(axes: Any, read: _Run) -> None:
     axes.set(title="Validation", xlabel="epoch", ylabel=read.task.card.unit)
-    axes.set_prop_cycle(color=["#009e73", "#aa4499", "#e69f00"], marker=["o", "s", "^"])
+    axes.set_prop_cycle(color=["#009e73", "#aa4499", "#e69f00", "#56b4e9"], marker=["o", "s", "^", "D"])
     for name in read.task.card.metrics:
         if points := read.points("epoch", name):
             axes.plot(*zip(*points, strict=True), markersize=4, label=read.task.headline[name])

@@ -1,5 +1,6 @@
 """Rows of different lengths in one flat array, the form in which Arrow keeps lists."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,13 @@ def ranges(starts: IntArray, lengths: IntArray) -> npt.NDArray[np.int64]:
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
     return np.arange(total, dtype=np.int64) + np.repeat(starts - (ends - lengths), lengths)
+
+
+def distinct(texts: Sequence[str]) -> tuple[npt.NDArray[np.int64], list[str]]:
+    """For each text its row among the distinct ones, and the distinct ones."""
+    rows: dict[str, int] = {}
+    places = np.fromiter((rows.setdefault(text, len(rows)) for text in texts), np.int64, count=len(texts))
+    return places, list(rows)
 
 
 @dataclass(frozen=True)

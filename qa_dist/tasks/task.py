@@ -4,6 +4,7 @@ The training loop, the evaluation, the checkpoints and the reports know a task b
 """
 
 import dataclasses
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from qa_dist.config import RunConfig
+from qa_dist.errors import UserError
 
 
 @dataclass
@@ -25,7 +27,7 @@ class Batch:
     inputs: dict[str, Tensor]
     """Arguments of the model's forward pass, each [features, length]."""
     targets: dict[str, Tensor]
-    """What loss and outputs need beside the model's output, each [features]."""
+    """What loss and outputs need beside the model's output, each [features] or [features, length]."""
     index: Tensor
     """Positions of the features in their set, int64, [features]."""
 
@@ -55,34 +57,40 @@ class FeatureSet(ABC):
 
     lengths: npt.NDArray[np.int64]
     """Tokens of each feature, without padding, [num_features]."""
-    fingerprint: str
-    """Key of everything the features depend on; all ranks must have the same."""
+    fingerprint: str = ""
+    """Key of everything the features depend on; all ranks must have the same. Empty: their digest is."""
     labelled: bool = True
     """Whether the data say what is right; else there is neither loss nor score, only predictions."""
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @property
-    @abstractmethod
-    def notes(self) -> list[str]:
-        """Remarks for the user on how the examples were read. Reads them, if no one has yet."""
-
-    @abstractmethod
-    def digest(self) -> str:
-        """Of what a model is trained on, wherever it comes from: the same for the same tokens and targets."""
-
-    @abstractmethod
-    def summary(self) -> dict[str, str]:
-        """Figures of the split for people, by their names. Reads the examples, if no one has yet."""
-
     @abstractmethod
     def collate(self, indices: npt.NDArray[np.integer], multiple: int = 8) -> Batch:
         """The features at `indices` as one batch, in that order, padded to a multiple of `multiple` tokens."""
 
-    @abstractmethod
+    @property
+    def notes(self) -> list[str]:
+        """Remarks for the user on how the examples were read. Reads them, if no one has yet."""
+        return []
+
+    def digest(self) -> str:
+        """Of what a model is trained on, wherever it comes from: the same for the same tokens and targets."""
+        found = hashlib.sha256()
+        for part in np.array_split(np.arange(len(self)), -(-len(self) // 256)):
+            batch = self.collate(part)
+            for name, tensor in sorted((batch.inputs | batch.targets).items()):
+                found.update(f"{name} {tuple(tensor.shape)}".encode())
+                found.update(tensor.contiguous().numpy().data)
+        return found.hexdigest()
+
+    def summary(self) -> dict[str, str]:
+        """Figures of the split for people, by their names. Reads the examples, if no one has yet."""
+        return {"windows": f"{len(self):,}", "tokens: longest": f"{self.lengths.max()}"}
+
     def names(self, indices: npt.NDArray[np.integer]) -> list[str]:
         """How a person finds the features at `indices` in the data, such as the ids of their examples."""
+        return [str(i) for i in indices.tolist()]
 
 
 @dataclass
@@ -182,7 +190,7 @@ class Review:
     nothing: str
     """How an empty output is called, such as no answer."""
     figures: Mapping[str, str]
-    """Figure -> how it is called; the means of the examples' figures are the task's."""
+    """Figure -> how it is called; where the task has a metric of that name, it is the mean of the examples'."""
     groupings: Mapping[str, Sequence[str]]
     """Grouping -> all of its groups, in the order in which they are shown."""
     outcomes: Mapping[str, str] = field(default_factory=dict)
@@ -197,22 +205,25 @@ class Review:
 class CardWords:
     """What the model card of a task's models says, and how the Hugging Face Hub calls it."""
 
-    pipeline_tag: str
+    pipeline_tag: str = "other"
     """The Hub's name of the task."""
-    tags: tuple[str, ...]
+    tags: tuple[str, ...] = ()
     """By which the Hub's users find such models."""
-    metrics: dict[str, str]
+    metrics: dict[str, str] = field(default_factory=dict)
     """Metric -> the Hub's name of its type; metrics of the task's headline."""
-    unit: str
+    unit: str = ""
     """Of those metrics."""
-    summary: str
+    summary: str = ""
     """What a model of this task does, in a sentence."""
-    limits: str
+    limits: str = ""
     """What it cannot do."""
 
 
 class Task(ABC):
-    """One kind of problem: its data, its loss, its outputs and its score."""
+    """One kind of problem: its data, its loss, its outputs and its score.
+
+    What has no default here is all that it takes to train and to evaluate.
+    """
 
     name: ClassVar[str]
     auto_model: ClassVar[Any]
@@ -221,19 +232,17 @@ class Task(ABC):
     """The metric by which epochs are compared; higher is better."""
     headline: ClassVar[dict[str, str]]
     """Metric -> how the console calls it, for the table of epochs."""
-    card: ClassVar[CardWords]
+    texts: ClassVar[int] = 1
+    """How many texts the tokenizer lays out in a window: 2 for pairs."""
+    per_token: ClassVar[dict[str, int]] = {}
+    """Those of the outputs that have a value for every token, and what fills them up behind a window's last one."""
+    card: ClassVar[CardWords] = CardWords()
     found_settings: ClassVar[dict[str, str]] = {}
     """Finding of an evaluation -> the setting for which it is the best value."""
-    evaluation_files: ClassVar[tuple[str, ...]]
+    evaluation_files: ClassVar[tuple[str, ...]] = ()
     """Names of those of `Score.files` that `review` reads."""
 
     tokenizer: PreTrainedTokenizerBase
-
-    @classmethod
-    @abstractmethod
-    def usage(cls, repo_id: str, config: RunConfig) -> str:
-        """Markdown: how to use, with transformers alone, a model that was trained with `config` and lies in the Hub
-        repository `repo_id`."""
 
     @abstractmethod
     def features(self, split: str) -> FeatureSet | None:
@@ -246,16 +255,29 @@ class Task(ABC):
 
     @abstractmethod
     def outputs(self, output: Any, batch: Batch) -> dict[str, Tensor]:
-        """What evaluation keeps of the model's output: each [features, …], the same shape for every batch."""
+        """What evaluation keeps of the model's output: each [features, …], the same shape for every batch; but those
+        `per_token` are [features, length], counted from each window's first token wherever it is padded."""
 
     @abstractmethod
     def score(self, outputs: dict[str, npt.NDArray[Any]], features: FeatureSet) -> Score:
-        """Score the `outputs` of all features, in the order of `features`. Called on the main process only."""
+        """Score the `outputs` of all features, in the order of `features`, those `per_token` with the tokens of all of
+        them in a row, [lengths.sum()]. Called on the main process only."""
 
-    @abstractmethod
+    def fit_head(self, model_config: PretrainedConfig) -> None:
+        """Before the model is made: tell its config what the head has to be, such as the names of its labels. Raises
+        `UserError` where it is a trained one that cannot be used."""
+        return
+
+    @classmethod
+    def usage(cls, repo_id: str, config: RunConfig) -> str:
+        """Markdown: how to use, with transformers alone, a model that was trained with `config` and lies in the Hub
+        repository `repo_id`."""
+        return ""
+
     def review(self, files: Mapping[str, Any], features: FeatureSet) -> Review:
         """What an evaluation of `features` found, example by example.
 
         `files` are those of `evaluation_files` that could be read: name -> JSON content, which anyone may have changed.
         Raises `UserError` where they are not of an evaluation of these examples.
         """
+        raise UserError(f"{self.name} has no view of single examples")

@@ -253,8 +253,13 @@ class Engine:
         dist.all_gather_object(values, value, group=self._background)
         return values
 
-    def gather_rows(self, tensor: Tensor, fill: int) -> Tensor:
-        """The rows of all ranks, [world_size, rows, …]. Ranks with fewer rows than others are filled up."""
+    def gather_rows(self, tensor: Tensor, fill: int, widen: int | None = None) -> Tensor:
+        """The rows of all ranks, [world_size, rows, …]. Ranks with fewer rows than others are filled up, and with
+        `widen` also those with shorter rows, with that value."""
+        if widen is not None:
+            wide = self.accelerator.pad_across_processes(tensor, dim=1, pad_index=widen)
+            assert isinstance(wide, Tensor)
+            tensor = wide
         padded = self.accelerator.pad_across_processes(tensor, dim=0, pad_index=fill)
         gathered = self.accelerator.gather(padded)
         assert isinstance(gathered, Tensor)

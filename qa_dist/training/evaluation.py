@@ -1,5 +1,6 @@
 """Evaluation over all ranks, in which each feature counts exactly once."""
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qa_dist.errors import TrainingError
+from qa_dist.tasks.ragged import ranges
 from qa_dist.tasks.task import FeatureSet, Score, Task
 from qa_dist.training.batching import evaluation_batches
 from qa_dist.training.engine import Engine
@@ -40,13 +42,14 @@ def evaluate(engine: Engine, task: Task, features: FeatureSet, batch_size: int, 
 
 
 def collect(engine: Engine, task: Task, features: FeatureSet, batch_size: int, stop: StopRequest) -> Outputs:
-    """The task's outputs and the loss of every feature, in the order of `features`, each [num_features, …].
+    """The task's outputs and the loss of every feature, in the order of `features`: each [num_features, …], or, per
+    token, [lengths.sum()].
 
     On the main process; the others return empty arrays. Raises `RuntimeError` if a feature is missing or came
     twice, which would be a bug.
     """
     batches = evaluation_batches(features.lengths, batch_size)
-    placed = _Placed(len(features))
+    placed = _Placed(features.lengths, task.per_token)
     engine.model.eval()
     for first in range(0, len(batches), engine.world_size):
         # In the last round there may be fewer batches than ranks. All must still run, and together, since a
@@ -60,7 +63,10 @@ def collect(engine: Engine, task: Task, features: FeatureSet, batch_size: int, s
             output, batch = engine.forward(on_host)
             rows = {**task.outputs(output, batch), "loss": task.loss(output, batch)}
         index = engine.gather_rows(batch.index, fill=-1)[:real].flatten()
-        gathered = {name: engine.gather_rows(tensor, fill=0)[:real].flatten(0, 1) for name, tensor in rows.items()}
+        gathered = {
+            name: engine.gather_rows(tensor, fill=0, widen=task.per_token.get(name))[:real].flatten(0, 1)
+            for name, tensor in rows.items()
+        }
         if engine.is_main:
             placed.add(index, gathered)
     engine.model.train()
@@ -73,9 +79,13 @@ def collect(engine: Engine, task: Task, features: FeatureSet, batch_size: int, s
 class _Placed:
     """Rows put where their feature's index says, and counted."""
 
-    def __init__(self, num_features: int):
+    def __init__(self, lengths: npt.NDArray[np.int64], per_token: Collection[str]):
         self.arrays: Outputs = {}
-        self.count = np.zeros(num_features, dtype=np.int64)
+        self.count = np.zeros(len(lengths), dtype=np.int64)
+        self.lengths = lengths
+        self.per_token = per_token
+        self.offsets = np.concatenate([[0], np.cumsum(lengths)])
+        """Where the tokens of each feature begin, in a row of all."""
 
     def add(self, index: Tensor, rows: dict[str, Tensor]) -> None:
         """`index` [n] is -1 for rows that only fill up a rank's share; `rows` are [n, …]."""
@@ -84,6 +94,12 @@ class _Placed:
         np.add.at(self.count, places, 1)
         for name, tensor in rows.items():
             values = tensor[is_row].cpu().numpy()
+            if name in self.per_token:
+                if name not in self.arrays:
+                    self.arrays[name] = np.zeros(self.offsets[-1], dtype=values.dtype)
+                is_token = np.arange(values.shape[1]) < self.lengths[places][:, None]
+                self.arrays[name][ranges(self.offsets[places], self.lengths[places])] = values[is_token]
+                continue
             if name not in self.arrays:
                 self.arrays[name] = np.zeros((len(self.count), *values.shape[1:]), dtype=values.dtype)
             self.arrays[name][places] = values

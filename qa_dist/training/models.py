@@ -29,14 +29,16 @@ def build_model(config: RunConfig, task: Task, *, trained: bool = False) -> tupl
         model_config = _new_config(settings.config or {}, task.tokenizer)
         _check_head(model_config, task, "model.config")
         _check_fit(model_config, task.tokenizer, config.data.max_length)
+        task.fit_head(model_config)
         try:
             model = task.auto_model.from_config(model_config, dtype=torch.float32, **_attention(settings))
         except Exception as error:  # sizes that do not divide each other and the like
             raise UserError(f"model.config: no model can be built from it: {_first_line(error)}") from None
-        return model, _try_out(model, task.tokenizer, config.data.max_length)
+        return model, _try_out(model, task, config.data.max_length)
     model_config = pretrained_config(settings)
     _check_head(model_config, task, settings.name)
     _check_fit(model_config, task.tokenizer, config.data.max_length)
+    task.fit_head(model_config)
     try:
         model, info = task.auto_model.from_pretrained(
             settings.name,
@@ -44,12 +46,20 @@ def build_model(config: RunConfig, task: Task, *, trained: bool = False) -> tupl
             dtype=torch.float32,
             trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, with both sizes
             **_attention(settings),
         )
     except Exception as error:  # a truncated file raises whatever its reader raises
         raise UserError(
             f"model.name: the weights of {settings.name!r} cannot be loaded: {_first_line(error)}"
         ) from None
+    if others := sorted(info["mismatched_keys"]):
+        sizes = [f"{name} is {tuple(stored)}, and has to be {tuple(needed)}" for name, stored, needed in others]
+        raise UserError(
+            f"model.name: the weights of {settings.name!r} have other sizes than those of a model for "
+            f"{task.name.replace('_', ' ')}: {listing(sizes)}. If it was trained for something else, start from the "
+            "model that it was made of"
+        )
     new = sorted(info["missing_keys"])
     if new and trained:
         raise UserError(
@@ -57,7 +67,7 @@ def build_model(config: RunConfig, task: Task, *, trained: bool = False) -> tupl
             f"{task.name.replace('_', ' ')}. Train it first (qa-dist train --model.name {settings.name} …)"
         )
     notes = [f"new weights: {listing(new)}"] if new else []
-    return model, notes + _try_out(model, task.tokenizer, config.data.max_length)
+    return model, notes + _try_out(model, task, config.data.max_length)
 
 
 def _attention(settings: ModelConfig) -> dict[str, str]:
@@ -137,15 +147,17 @@ def longest_window(model_config: PretrainedConfig) -> int | None:
     return positions - taken
 
 
-def _try_out(model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[str]:
+def _try_out(model: nn.Module, task: Task, max_length: int) -> list[str]:
     """Run one window of the full length. On a GPU, positions or tokens without an embedding would end the run
     with an assertion on the device, in whichever step the first long window comes.
 
     Weights that play no part in it, such as XLNet's embedding of masks, are frozen: DDP would wait for their gradients,
     and optimizers have no state for them. Returns notes for the user.
     """
-    texts = ("a", "a " * max_length)
-    inputs = tokenizer(*texts, truncation="only_second", max_length=max_length, return_tensors="pt", verbose=False)
+    texts: Any = (*["a"] * (task.texts - 1), "a " * max_length)
+    cut = "only_first" if task.texts == 1 else "only_second"
+    settings: Any = {"truncation": cut, "max_length": max_length, "return_tensors": "pt", "verbose": False}
+    inputs = task.tokenizer(*texts, **settings)
     try:
         output = model.eval()(**inputs)
     except Exception as error:  # whatever the model's code raises

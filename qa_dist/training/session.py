@@ -222,7 +222,8 @@ def _load(config: RunConfig, session: _Session, splits: tuple[str, ...]) -> _Par
         engine.watchdog.phase(f"preparing the {split} data")
         stop.raise_if_any(engine)
         features = engine.local_main_first(lambda split=split: task.features(split))
-        engine.require_same(features.fingerprint if features else "", f"the {split} features")
+        key = (features.fingerprint or features.digest()) if features is not None else ""
+        engine.require_same(key, f"the {split} features")
         if features is not None:
             sets[split] = features
     engine.watchdog.phase("loading the model")

@@ -45,7 +45,7 @@ def plain_answer(answerer: QuestionAnswerer, question: str, context: str, padded
     for window in range(len(encoded["input_ids"])):
         names = [name for name in tokenizer.model_input_names if name in encoded]
         with torch.no_grad():
-            output = answerer._model(**{name: torch.tensor([encoded[name][window]]) for name in names})
+            output = answerer.reader.model(**{name: torch.tensor([encoded[name][window]]) for name in names})
         allowed = np.array([part == 1 for part in encoded.sequence_ids(window)])
         allowed[0] = True
         start, end = (_softmax(logits[0].numpy(), allowed) for logits in (output.start_logits, output.end_logits))

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,13 +33,16 @@ class Numbers(Numbered):
 
 
 class SumTask:
-    """The output is the sum of the feature's numbers, as a figure and as a vector."""
+    """The output is the sum of the feature's numbers, as a figure and as a vector, and each of the numbers."""
+
+    per_token: ClassVar[dict[str, int]] = {"numbers": -7}
 
     def loss(self, output: Any, batch: Batch) -> torch.Tensor:
         return output.sum.float() / 2
 
     def outputs(self, output: Any, batch: Batch) -> dict[str, torch.Tensor]:
-        return {"sum": output.sum, "vector": output.sum[:, None] * torch.arange(1, 4)}
+        numbers = torch.where(batch.inputs["x"] == 0, -7, batch.inputs["x"])  # nothing may depend on the padding
+        return {"sum": output.sum, "vector": output.sum[:, None] * torch.arange(1, 4), "numbers": numbers}
 
 
 class Sum(torch.nn.Module):
@@ -65,6 +68,8 @@ def main() -> None:
             assert (outputs["sum"] == expected).all(), (count, outputs)
             assert (outputs["vector"] == expected[:, None] * np.arange(1, 4)).all()
             assert (outputs["loss"] == expected / 2).all()
+            numbers = np.repeat(np.arange(count), features.lengths)
+            assert outputs["numbers"][features.lengths[0] :].tolist() == numbers[features.lengths[0] :].tolist()
             checked += 1
     if engine.is_main:
         Path(sys.argv[1]).write_text(json.dumps({"world_size": engine.world_size, "checked": checked}))

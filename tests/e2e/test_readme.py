@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModel
 from qa_dist.config import SyntheticConfig
 from qa_dist.config_sources import leaves
 from qa_dist.tasks.question_answering import synthetic
+from tests.e2e.test_token_classification import write_columns
 from tests.helpers import ROOT, SIZES, environment, squad
 from tests.hub_server import HubServer
 from tests.slurm_cluster import SlurmCluster, missing
@@ -106,7 +107,7 @@ class Stranger:
         assert process.stdout
         try:
             url = process.stdout.readline().split()[0]
-            assert "Ask a text" in self.type(f"curl -sf {url}/" if shutil.which("curl") else f"wget -qO- {url}/")
+            assert "qa_dist" in self.type(f"curl -sf {url}/" if shutil.which("curl") else f"wget -qO- {url}/")
         finally:
             process.terminate()
             process.wait(timeout=20)
@@ -162,6 +163,8 @@ def _write_data(directory: Path) -> None:
     )
     for name, content in re.findall(r"^```yaml\n# (\S+\.yaml)\n(.*?)^```", README, re.MULTILINE | re.DOTALL):
         (directory / name).write_text(content)
+    for name, tagged in (("train", True), ("dev", True), ("words", False)):
+        write_columns(directory / f"{name}.conll", "train", 24, tagged=tagged)
     flat = Dataset.from_list(
         [{**row, "answers": {"text": [a["text"] for a in row["answers"]],
                              "answer_start": [a["answer_start"] for a in row["answers"]]}} for row in rows]

@@ -97,7 +97,7 @@ def test_answers_and_scores_are_those_of_the_removed_pipeline(models, family: st
     several = cut = 0
     for (question, context), own in zip(pairs, found, strict=True):
         expected = pipeline_answers(
-            answerer._model, answerer.task.tokenizer, question, context,
+            answerer.reader.model, answerer.task.tokenizer, question, context,
             top_k=4, max_answer_length=12, align_to_words=words, handle_impossible_answer=impossible, **WINDOWS,
         )  # fmt: skip
         several += len(own[0]["windows"]) > 1
@@ -142,7 +142,7 @@ def test_batches_change_nothing(bert: QuestionAnswerer):
 
 
 def test_a_stream_is_read_as_it_is_needed(bert: QuestionAnswerer, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("qa_dist.inference.question_answerer.QUESTIONS_PER_CHUNK", 4)
+    monkeypatch.setattr("qa_dist.inference.reader.TEXTS_PER_CHUNK", 4)
     taken = 0
 
     def endless():
@@ -207,7 +207,7 @@ def test_the_threshold_is_compared_as_evaluation_does(models, tmp_path: Path):
     task, windows = answerer.task, answerer.task.windows(EXAMPLES)
     batch = windows.collate(np.arange(len(windows)))
     with torch.no_grad():
-        outputs = task.outputs(answerer._model(**batch.inputs), batch)
+        outputs = task.outputs(answerer.reader.model(**batch.inputs), batch)
     odds = task.score({name: tensor.numpy() for name, tensor in outputs.items()}, windows).files["null_odds.json"]
     middle = sorted(odds.values())[len(odds) // 2] - 1e-4
     answerer.no_answer_threshold = middle
@@ -246,7 +246,7 @@ def test_models_of_others_get_the_settings_of_the_pipeline(models, tmp_path: Pat
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
 def test_half_precision(models, bert: QuestionAnswerer, dtype: Any):
     half = QuestionAnswerer.from_pretrained(str(models["bert"]), device="cpu", dtype=dtype)
-    assert next(half._model.parameters()).dtype in (torch.bfloat16, torch.float16)
+    assert next(half.reader.model.parameters()).dtype in (torch.bfloat16, torch.float16)
     same = [a["answer"] == b["answer"] for a, b in zip(half(PAIRS), bert(PAIRS), strict=True)]
     assert sum(same) > len(PAIRS) / 2, "near logits may change places"
 

@@ -1,7 +1,7 @@
 "use strict";
 
 const element = (id) => document.getElementById(id);
-const MODEL = { max_characters: Infinity, may_refuse: false };
+const MODEL = { max_characters: Infinity, may_refuse: false, task: "question_answering" };
 
 /** The server counts characters; JavaScript's strings count halves of some of them. */
 const characters = (text) => Array.from(text);
@@ -44,6 +44,7 @@ function showText(context, answers, chosen) {
     const mark = document.createElement("mark");
     mark.textContent = piece;
     mark.classList.toggle("chosen", covers(answers[chosen]));
+    mark.title = answers.filter(covers).map((answer) => answer.type ?? "").join(" ");
     text.append(mark);
   }
 }
@@ -59,6 +60,12 @@ function showAnswers(context, answers, chosen) {
     score.textContent = `${(100 * answer.score).toFixed(1)} %`;
     text.textContent = answer.answer || "no answer in the text";
     text.classList.toggle("none", !answer.answer);
+    if (answer.type) {
+      const type = document.createElement("span");
+      type.className = "type";
+      type.textContent = ` ${answer.type}`;
+      text.append(type);
+    }
     button.append(score, text);
     button.addEventListener("click", () => {
       showAnswers(context, answers, i);
@@ -73,22 +80,38 @@ function showAnswers(context, answers, chosen) {
   showText(context, answers, chosen);
 }
 
+/** What is posted, and the reply as answers with their places. */
+const KINDS = {
+  question_answering: {
+    body: (context) => ({ question: element("question").value, context, top_k: Number(element("top_k").value) }),
+    answers: (reply) => reply.answers,
+    details: (answers) => {
+      const { windows, no_answer_probability } = answers[0];
+      const none = (100 * no_answer_probability).toFixed(1);
+      return `, read in ${windows.length === 1 ? "one window" : `${windows.length} windows`}` +
+        (MODEL.may_refuse ? `; no answer in the text: ${none} %` : "");
+    },
+  },
+  token_classification: {
+    body: (text) => ({ text }),
+    answers: (reply) => reply.entities.map((entity) => ({ ...entity, answer: entity.word, type: entity.entity_group })),
+    details: (entities) => (entities.length ? "" : ": there are no entities in the text"),
+  },
+};
+
 async function ask(event) {
   event.preventDefault();
   const context = element("context").value;
-  const body = { question: element("question").value, context, top_k: Number(element("top_k").value) };
+  const kind = KINDS[MODEL.task];
   element("ask").disabled = true;
   say("Reading …");
   try {
-    const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
-    const { answers, seconds } = await request("answer", options);
+    const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(kind.body(context)) };
+    const reply = await request("answer", options);
+    const answers = kind.answers(reply);
     say("");
     showAnswers(characters(context), answers, 0);
-    const windows = answers[0].windows.length;
-    const none = (100 * answers[0].no_answer_probability).toFixed(1);
-    element("details").textContent =
-      `${seconds.toFixed(2)} s, read in ${windows === 1 ? "one window" : `${windows} windows`}` +
-      (MODEL.may_refuse ? `; no answer in the text: ${none} %` : "");
+    element("details").textContent = `${reply.seconds.toFixed(2)} s${kind.details(answers)}`;
     element("result").hidden = false;
   } catch (error) {
     element("result").hidden = true;
@@ -104,5 +127,12 @@ element("question").addEventListener("input", showSize);
 request("model").then((model) => {
   Object.assign(MODEL, model);
   element("model").textContent = MODEL.name;
+  if (MODEL.task === "token_classification") {
+    for (const asked of document.querySelectorAll(".asked")) asked.hidden = true;
+    element("question").required = false;
+    element("title").textContent = "Find entities";
+    element("found").textContent = "Entities";
+    element("ask").textContent = "Read";
+  }
   showSize();
 }, (error) => say(error.message, true));

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from qa_dist.tasks.ragged import distinct
+
 BLANK_CATEGORIES = {"Cc", "Cf", "Zs", "Zl", "Zp"}
 VISIBLE_FORMAT_CHARACTERS = "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd"
 """Signs that enclose the number or the letter that follows; Unicode calls them format characters, too."""
@@ -14,13 +16,6 @@ MODIFIERS = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff\uff9e\uff9f"
 ZERO_WIDTH_JOINER = "\u200d"
 REGIONAL_INDICATORS = "".join(map(chr, range(0x1F1E6, 0x1F200)))
 """The letters that make flags, in pairs."""
-
-
-def distinct(texts: Sequence[str]) -> tuple[npt.NDArray[np.int64], list[str]]:
-    """For each text its row among the distinct ones, and the distinct ones."""
-    rows: dict[str, int] = {}
-    places = np.fromiter((rows.setdefault(text, len(rows)) for text in texts), np.int64, count=len(texts))
-    return places, list(rows)
 
 
 def span_of_whole_characters(context: str, start: int, end: int) -> tuple[int, int]:

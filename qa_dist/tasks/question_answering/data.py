@@ -1,13 +1,14 @@
 """Question-answering examples, checked before anything depends on them."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qa_dist.config import DataConfig
 from qa_dist.errors import UserError, listing
-from qa_dist.tasks.question_answering.reading import Record
+from qa_dist.tasks.reading import Record, ids_of, is_unicode, require_different, require_none_wrong
+from qa_dist.tasks.splits import Examples
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +24,6 @@ class Example:
     """Character offset in the context of each answer; -1 where it does not stand there."""
 
 
-@dataclass
-class Examples:
-    """The examples of one split, with what was noticed while reading them."""
-
-    items: list[Example]
-    notes: list[str] = field(default_factory=list)
-    """Counted remarks for the user: what was left out, moved or numbered."""
-
-
 def check_records(records: Sequence[Record], config: DataConfig, name: str, training: bool) -> Examples:
     """Turn records into examples, or raise one `UserError` that lists all that is wrong with them.
 
@@ -41,39 +33,19 @@ def check_records(records: Sequence[Record], config: DataConfig, name: str, trai
     """
     wrong: dict[str, list[str]] = defaultdict(list)
     notes: list[str] = []
-    ids = _ids(records, wrong, notes)
+    ids = ids_of(records, wrong, notes)
     examples = []
     for record, example_id in zip(records, ids, strict=True):
         example = _example(record, example_id, wrong)
         if example is not None:
             examples.append(example)
-    for example_id, count in Counter(ids).items():
-        if count > 1:
-            places = [record.place for record, own in zip(records, ids, strict=True) if own == example_id]
-            wrong["the id is given to more than one example"].append(f"{example_id!r} by {listing(places, limit=2)}")
+    require_different(ids, records, wrong)
     examples = _align(examples, config, training, wrong, notes)
     examples = _without_unanswerable(examples, config, wrong, notes)
-    if wrong:
-        lines = [f"  - {what}: {len(where):,} ({listing(where)})" for what, where in wrong.items()]
-        raise UserError(f"{name} cannot be used:\n" + "\n".join(lines))
+    require_none_wrong(name, wrong)
     if not examples:
         raise UserError(f"{name}: no example is left" + "".join(f"; {note}" for note in notes))
     return Examples(examples, notes)
-
-
-def _ids(records: Sequence[Record], wrong: dict[str, list[str]], notes: list[str]) -> list[str]:
-    if not any("id" in record.values for record in records):
-        notes.append(f"no example has an id: numbered 0 to {len(records) - 1:,}")
-        return [str(i) for i in range(len(records))]
-    ids = []
-    for record in records:
-        value = record.values.get("id")
-        if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-            wrong["there is no id (a text or a whole number)"].append(record.place)
-        elif not is_unicode(str(value)):
-            wrong["the id holds half of a surrogate pair, which is no character"].append(record.place)
-        ids.append(str(value) if value is not None else record.place)
-    return ids
 
 
 def _example(record: Record, example_id: str, wrong: dict[str, list[str]]) -> Example | None:
@@ -128,15 +100,6 @@ def _answers(values: Mapping[str, Any]) -> list[tuple[str, int]]:
     if impossible and pairs:
         raise ValueError("is_impossible is true, but there are answers")
     return pairs
-
-
-def is_unicode(text: str) -> bool:
-    """Whether it can be written as UTF-8: JSON can spell half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _align(

@@ -5,9 +5,9 @@ once, and the windows are cut from the arrays. The result equals the tokenizer's
 id and offset for offset.
 """
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +16,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from qa_dist.errors import UserError, listing
-from qa_dist.tasks.question_answering.characters import distinct, span_of_whole_characters
-from qa_dist.tasks.question_answering.data import Example, Examples
-from qa_dist.tasks.ragged import Ragged, ranges
-from qa_dist.tasks.task import Batch, FeatureSet
+from qa_dist.tasks.question_answering.characters import span_of_whole_characters
+from qa_dist.tasks.question_answering.data import Example
+from qa_dist.tasks.ragged import Ragged, distinct, ranges
+from qa_dist.tasks.task import Batch
+from qa_dist.tasks.windows import Windows, cut_windows
 
 WINDOWS_PER_CHUNK = 20_000
 """Windows assembled at a time; bounds the memory that building features needs beside the result."""
@@ -159,10 +160,10 @@ def build_features(
     question_lengths = encoded_questions.ids.lengths[question_rows]
     context_lengths = encoded_contexts.ids.lengths[context_rows]
     room = max_length - template.num_special - question_lengths
-    cut = context_lengths > room
-    _require_room(examples, question_lengths, (room < 1) | (cut & (room <= stride)), max_length, stride, template)
+    is_cut = context_lengths > room
+    _require_room(examples, question_lengths, (room < 1) | (is_cut & (room <= stride)), max_length, stride, template)
 
-    owner, begin, end = _cut(context_lengths, room, stride)
+    owner, begin, end = cut_windows(context_lengths, room, stride)
     first, last = _answer_tokens(examples, context_rows, encoded_contexts)
     held = (first[owner] >= begin) & (last[owner] < end)
 
@@ -193,18 +194,6 @@ def build_features(
             columns["token_type_ids"] = types.to_arrow()
         tables.append(pa.table(columns))
     return pa.concat_tables(tables)
-
-
-def _cut(
-    lengths: npt.NDArray[np.int64], room: npt.NDArray[np.int64], stride: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The windows of contexts of `lengths` tokens, of which `room` fit into each: whose it is, and its first token and
-    one past its last. A window starts every (room - stride) tokens until one reaches the context's end."""
-    step = np.where(lengths > room, room - stride, 1)
-    windows = np.where(lengths > room, 1 + -(-(lengths - room) // step), 1)
-    owner = np.repeat(np.arange(len(lengths)), windows)
-    begin = ranges(np.zeros(len(lengths), dtype=np.int64), windows) * step[owner]
-    return owner, begin, np.minimum(begin + room[owner], lengths[owner])
 
 
 def _require_room(
@@ -294,53 +283,30 @@ def _assemble(
     return ids, types, context_begin
 
 
-class QuestionAnsweringFeatures(FeatureSet):
-    """Windows in memory (mapped from the cache), ready to be collated."""
+class QuestionAnsweringFeatures(Windows[Example]):
+    """Windows with the positions of their answers, ready to be collated."""
 
-    def __init__(
-        self,
-        columns: pa.Table,
-        fingerprint: str,
-        padding: dict[str, int],
-        examples: Callable[[], Examples],
-        padding_side: str = "right",
-        max_length: int | None = None,
-        labelled: bool = True,
-    ):
-        """`columns` are those of `build_features`, in one chunk each. `padding` has the value that fills up each list
-        of tokens, on `padding_side`. Nothing is padded to more than `max_length`, for which alone the model is known
-        to have positions."""
-        self.fingerprint = fingerprint
-        self.examples = examples
-        """What the windows were cut from; read when first called."""
-        self.labelled = labelled
-        self._padding = padding
-        self._pad_left = padding_side == "left"
-        self.tokens = {
-            name: Ragged.from_arrow(columns.column(name)) for name in padding if name in columns.column_names
-        }
-        """`input_ids` and, where the model reads them, `token_type_ids`."""
-        self.lengths = self.tokens["input_ids"].lengths
-        self._widest = max(max_length, int(self.lengths.max(initial=0))) if max_length else None
+    def __init__(self, columns: pa.Table, *args: Any, **kwargs: Any):
+        """`columns` are those of `build_features`; the other arguments those of `Windows`."""
+        super().__init__(columns, *args, **kwargs)
         self.char_starts = Ragged.from_arrow(columns.column("char_starts"))
         self.char_ends = Ragged.from_arrow(columns.column("char_ends"))
-        self.example = columns.column("example").to_numpy()
-        """Position of each window's example, [num_features]."""
         self.scalars = {
             name: columns.column(name).to_numpy().astype(np.int64)
             for name in ("context_begin", "context_end", "cls", "start_position", "end_position")
         }
         """Positions in each window, without padding, [num_features] each."""
 
-    @property
-    def notes(self) -> list[str]:
-        return self.examples().notes
+    def target_arrays(self) -> list[npt.NDArray[Any]]:
+        return list(self.scalars.values())
+
+    def example_id(self, example: Example) -> str:
+        return example.id
 
     def summary(self) -> dict[str, str]:
         examples = self.examples().items
         answers = [len(example.answers) for example in examples]
         unanswerable = answers.count(0)
-        padded = len(self) * int(self.lengths.max())
         about_answers = {
             "unanswerable": f"{unanswerable:,} ({unanswerable / len(examples):.0%})",
             "answers per question": f"{sum(answers) / len(examples):.2f}",
@@ -349,37 +315,11 @@ class QuestionAnsweringFeatures(FeatureSet):
             "examples": f"{len(examples):,}",
             "contexts": f"{len({example.context for example in examples}):,}",
             **(about_answers if self.labelled else {}),
-            "windows": f"{len(self):,}",
-            "tokens: mean": f"{self.lengths.mean():.0f}",
-            "tokens: 95th percentile": f"{np.percentile(self.lengths, 95):.0f}",
-            "tokens: longest": f"{self.lengths.max()}",
-            "padding, were all as long": f"{1 - self.lengths.sum() / padded:.0%}",
+            **self.token_summary(),
         }
-
-    def digest(self) -> str:
-        """Of tokens and labels."""
-        found = hashlib.sha256()
-        arrays = [part for rows in self.tokens.values() for part in (rows.values, rows.offsets)]
-        for array in (*arrays, *self.scalars.values()):
-            found.update(np.ascontiguousarray(array).data)
-        return found.hexdigest()
-
-    def names(self, indices: npt.NDArray[np.integer]) -> list[str]:
-        """The ids of the windows' examples."""
-        examples = self.examples().items
-        return [examples[i].id for i in self.example[indices].tolist()]
 
     def collate(self, indices: npt.NDArray[np.integer], multiple: int = 8) -> Batch:
         """The windows at `indices`; the targets are positions in the padded rows."""
-        lengths = self.lengths[indices]
-        width = -(-int(lengths.max()) // multiple) * multiple
-        width = width if self._widest is None else min(width, self._widest)
-        begin = width - lengths if self._pad_left else np.zeros_like(lengths)
-        inputs = {
-            name: torch.from_numpy(rows.padded(indices, begin, width, self._padding[name]))
-            for name, rows in self.tokens.items()
-        }
-        place = np.arange(width) - begin[:, None]
-        inputs["attention_mask"] = torch.from_numpy(((place >= 0) & (place < lengths[:, None])).astype(np.int64))
+        inputs, begin = self.padded(indices, multiple)
         targets = {name: torch.from_numpy(values[indices] + begin) for name, values in self.scalars.items()}
         return Batch(inputs, targets, torch.from_numpy(np.asarray(indices, dtype=np.int64)))

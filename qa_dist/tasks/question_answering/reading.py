@@ -1,48 +1,27 @@
 """Reading question-answering records from files and data sets, in every form people keep them in."""
 
 import contextlib
-import csv
-import glob
-import gzip
-import io
 import json
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import pyarrow as pa
-import pyarrow.parquet
+from typing import Any
 
 from qa_dist.errors import UserError, listing
+from qa_dist.tasks.reading import (
+    Record,
+    content,
+    decoded,
+    json_error,
+    json_records,
+    parquet_records,
+    suffix,
+    table_records,
+)
+from qa_dist.tasks.reading import expand as expand
 
 QUESTION_FIELDS = ("id", "question", "context")
 """Of an example, without what is known of its answers."""
-
-
-class Record(NamedTuple):
-    """One example as it stands in a file, under our names for its fields."""
-
-    values: Mapping[str, Any]
-    place: str
-    """Where it stands, for messages."""
-
-
-def expand(patterns: Sequence[str], key: str) -> list[Path]:
-    """The files that `patterns` (paths and globs) name, each once, in order. Raises `UserError` for one that names
-    none; `key` is the setting they come from."""
-    paths: dict[Path, None] = {}
-    for pattern in patterns:
-        path = Path(pattern).expanduser()
-        found = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 -- absolute patterns
-        if not found:
-            what = "no file matches" if glob.has_magic(pattern) else "there is no such file"
-            raise UserError(f"{key}: {pattern}: {what}")
-        for file in found:
-            if not file.is_file():
-                raise UserError(f"{key}: {file} is a directory; name the files in it, such as '{file}/*.json'")
-            paths[file] = None
-    return list(paths)
+FORMS = "neither SQuAD's form (data > paragraphs > qas) nor a list of examples with id, question, context and answers"
 
 
 def read_file(path: Path, columns: Mapping[str, str], labelled: bool = True) -> list[Record]:
@@ -53,25 +32,13 @@ def read_file(path: Path, columns: Mapping[str, str], labelled: bool = True) -> 
     needed nor looked at. Raises `UserError` for a file that is
     missing, empty, damaged, or in none of these forms.
     """
-    try:
-        data = path.read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise UserError(f"{path}: the gzip file is damaged or cut off") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    data = content(path)
     if data[:4] == b"PAR1":
-        records = list(_parquet(path, data))
+        records = list(parquet_records(path, data))
     else:
-        try:
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: is not UTF-8 text (byte {error.start:,}); convert it to UTF-8") from None
-        if not text.strip():
-            raise UserError(f"{path}: the file is empty")
-        kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-        records = list(_table(path, text)) if kind.lower() in (".csv", ".tsv") else _json(path, text)
+        text = decoded(path, data)
+        is_table = suffix(path) in (".csv", ".tsv")
+        records = list(table_records(path, text)) if is_table else json_records(path, text, FORMS, _unfolded)
     if not records:
         raise UserError(f"{path}: holds no examples")
     return with_our_names(records, columns, str(path), labelled)
@@ -80,53 +47,8 @@ def read_file(path: Path, columns: Mapping[str, str], labelled: bool = True) -> 
 # -------------------------------------------------------------------------------------------------- JSON
 
 
-def _json(path: Path, text: str) -> list[Record]:
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        first_line = text.lstrip().split("\n", 1)[0]
-        if _is_json(first_line) and "\n" in text.strip():
-            return list(_json_lines(path, text))
-        line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
-        raise UserError(f"{path}:{line}: is not valid JSON: {_json_error(error)}") from None
-    if isinstance(document, dict) and "data" not in document:
-        document = [document]  # JSON lines with a single line
-    items = document.get("data") if isinstance(document, dict) else document
-    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise UserError(
-            f"{path}: is JSON, but neither SQuAD's form (data > paragraphs > qas) nor a list of examples with "
-            "id, question, context and answers"
-        )
-    if any("paragraphs" in item for item in items):
-        return list(_nested(path, items))
-    return [Record(item, f"{path}, example {i + 1}") for i, item in enumerate(items)]
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _json_error(error: Exception) -> str:
-    """Python's parser has limits of its own: on the digits of a number, and on depth."""
-    return f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
-
-
-def _json_lines(path: Path, text: str) -> Iterator[Record]:
-    # split("\n"), not splitlines(): JSON may hold U+2028 and its like inside a line
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{number}: is not valid JSON: {_json_error(error)}") from None
-        if not isinstance(values, dict):
-            raise UserError(f"{path}:{number}: is not an example (a JSON object)")
-        yield Record(values, f"{path}, line {number}")
+def _unfolded(path: Path, items: list[Any]) -> list[Record] | None:
+    return list(_nested(path, items)) if any("paragraphs" in item for item in items) else None
 
 
 def _nested(path: Path, articles: list[Any]) -> Iterator[Record]:
@@ -144,37 +66,6 @@ def _list(parent: Any, key: str, place: str) -> list[Any]:
     if not isinstance(value, list):
         raise UserError(f"{place}: has no list {key!r}")
     return value
-
-
-# ------------------------------------------------------------------------------------------------- tables
-
-
-def _table(path: Path, text: str) -> Iterator[Record]:
-    header = text.split("\n", 1)[0]
-    delimiter = max(",;\t", key=header.count)
-    csv.field_size_limit(2**31 - 1)  # contexts are longer than the 128 kB that csv allows by default
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    try:
-        for values in reader:
-            if None in values or None in values.values():
-                found = len(reader.fieldnames or ()) + (len(values[None]) if None in values else 0)  # pyright: ignore[reportArgumentType]
-                found -= sum(value is None for value in values.values())
-                raise UserError(
-                    f"{path}:{reader.line_num}: has {found} cells, but the header names {len(reader.fieldnames or ())} "
-                    "columns; put texts that hold the delimiter or a line break into double quotes"
-                )
-            yield Record(values, f"{path}, line {reader.line_num}")
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: is not a valid table: {error}") from None
-
-
-def _parquet(path: Path, data: bytes) -> Iterator[Record]:
-    try:
-        rows = pyarrow.parquet.read_table(pa.BufferReader(data)).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: the Parquet file cannot be read: {str(error).splitlines()[0]}") from None
-    for i, values in enumerate(rows):
-        yield Record(values, f"{path}, row {i + 1}")
 
 
 # --------------------------------------------------------------------------------------------- field names
@@ -253,7 +144,7 @@ def read_mapping(path: Path, kind: type[str] | type[float]) -> dict[str, Any]:
         raise UserError(f"{path}: is not UTF-8 text (byte {error.start:,})") from None
     except (ValueError, RecursionError) as error:
         line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
-        raise UserError(f"{path}:{line}: is not valid JSON: {_json_error(error)}") from None
+        raise UserError(f"{path}:{line}: is not valid JSON: {json_error(error)}") from None
     name, accepted = ("text", str) if kind is str else ("number", (int, float))
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path}: has to be a JSON object that gives a {name} for every question's id")

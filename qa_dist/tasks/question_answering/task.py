@@ -1,24 +1,20 @@
 """Question answering behind the seam that the training system knows."""
 
-import inspect
 import math
 import string
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import tokenizers
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForQuestionAnswering
 
 from qa_dist.config import RunConfig
-from qa_dist.tasks.cache import cached_table, fingerprint
 from qa_dist.tasks.question_answering import characters, data, features, synthetic
 from qa_dist.tasks.question_answering import review as reviewing
 from qa_dist.tasks.question_answering.characters import spans_of_whole_characters
@@ -28,6 +24,7 @@ from qa_dist.tasks.question_answering.metric import NO_ANSWER_ODDS, best_thresho
 from qa_dist.tasks.question_answering.splits import Split
 from qa_dist.tasks.task import Batch, CardWords, FeatureSet, Review, Score, Task
 from qa_dist.tasks.tokenizer import load_tokenizer, train_tokenizer
+from qa_dist.tasks.windows import cached_windows, padding_of
 
 
 class QuestionAnswering(Task):
@@ -35,6 +32,7 @@ class QuestionAnswering(Task):
 
     name: ClassVar[str] = "question_answering"
     auto_model: ClassVar[Any] = AutoModelForQuestionAnswering
+    texts: ClassVar[int] = 2
     best_metric: ClassVar[str] = "f1"
     headline: ClassVar[dict[str, str]] = {"exact_match": "EM", "f1": "F1", "loss": "validation loss"}
     card: ClassVar[CardWords] = CardWords(
@@ -86,24 +84,13 @@ class QuestionAnswering(Task):
         if not source.exists:
             return None
         settings = self.config.data
-        backend: Any = self.tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
-        key = fingerprint(
-            source.fingerprint,
-            backend.to_str(),
-            self.tokenizer.model_input_names,
-            self.tokenizer.padding_side,
-            tokenizers.__version__,
-            settings.max_length,
-            settings.stride,
-            *(Path(inspect.getfile(module)) for module in (characters, features)),
-        )
 
         def build() -> Any:
             return features.build_features(
                 source.loaded.items, self.tokenizer, max_length=settings.max_length, stride=settings.stride
             )
 
-        table = cached_table(settings.cache_dir, key, build)
+        table, key = cached_windows(source, self.tokenizer, settings, (characters, features), build)
         return self._features(table, key, lambda: source.loaded, labelled=source.is_labelled)
 
     def windows(self, examples: list[data.Example], *, whole_words: bool = False) -> QuestionAnsweringFeatures:
@@ -116,14 +103,12 @@ class QuestionAnswering(Task):
         return self._features(table.combine_chunks(), "", lambda: data.Examples(examples), labelled=False)
 
     def _features(
-        self, table: pa.Table, key: str, examples: Callable[[], data.Examples], *, labelled: bool
+        self, table: pa.Table, key: str, examples: Callable[[], data.Examples[data.Example]], *, labelled: bool
     ) -> QuestionAnsweringFeatures:
-        padding = {
-            "input_ids": int(self.tokenizer.pad_token_id or 0),  # pyright: ignore[reportArgumentType]
-            "token_type_ids": self.tokenizer.pad_token_type_id,
-        }
-        side, longest = self.tokenizer.padding_side, self.config.data.max_length
-        return QuestionAnsweringFeatures(table, key, padding, examples, side, longest, labelled)
+        padding, side = padding_of(self.tokenizer), self.tokenizer.padding_side
+        return QuestionAnsweringFeatures(
+            table, key, padding, examples, side, self.config.data.max_length, labelled=labelled
+        )
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """Mean of the cross-entropies of the start and of the end position."""

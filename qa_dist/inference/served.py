@@ -1,0 +1,55 @@
+"""What a server asks a model, kind by kind: from the values of a request to those of a reply."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from qa_dist.errors import InputError
+from qa_dist.inference.question_answerer import QuestionAnswerer
+from qa_dist.inference.token_classifier import TokenClassifier
+
+MOST_ANSWERS = 50
+"""That a request may ask for."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model behind a page."""
+
+    about: dict[str, Any]
+    """What the page is told: name, task, and whether "no answer" may be the answer."""
+    texts: Callable[[dict[str, Any]], tuple[str, ...]]
+    """The texts of a request, whose length is limited. Raises `InputError` where there are none."""
+    ask: Callable[[dict[str, Any], float], dict[str, Any]]
+    """The reply to a request, in so many seconds. Raises `InputError` and `TimeoutError`."""
+
+
+def questions(answerer: QuestionAnswerer, name: str) -> Served:
+    def texts(values: dict[str, Any]) -> tuple[str, ...]:
+        question, context = values.get("question"), values.get("context")
+        if not isinstance(question, str) or not isinstance(context, str):
+            raise InputError("question and context are needed, both texts")
+        return question, context
+
+    def ask(values: dict[str, Any], seconds: float) -> dict[str, Any]:
+        top_k = values.get("top_k", 1)
+        if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= MOST_ANSWERS:
+            raise InputError(f"top_k is a number from 1 to {MOST_ANSWERS}")
+        result = answerer(*texts(values), top_k=top_k, timeout=seconds)
+        return {"answers": result if isinstance(result, list) else [result]}
+
+    may_refuse = answerer.no_answer_threshold is not None
+    return Served({"name": name, "task": "question_answering", "may_refuse": may_refuse}, texts, ask)
+
+
+def entities(classifier: TokenClassifier, name: str) -> Served:
+    def texts(values: dict[str, Any]) -> tuple[str, ...]:
+        text = values.get("text")
+        if not isinstance(text, str):
+            raise InputError("text is needed, a text")
+        return (text,)
+
+    def ask(values: dict[str, Any], seconds: float) -> dict[str, Any]:
+        return {"entities": classifier(*texts(values), timeout=seconds)}
+
+    return Served({"name": name, "task": "token_classification", "may_refuse": False}, texts, ask)

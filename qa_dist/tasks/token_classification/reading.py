@@ -1,0 +1,123 @@
+"""Reading labelled words from files and data sets: columns as in the CoNLL shared tasks, JSON, JSON lines, Parquet."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from qa_dist.errors import UserError, listing
+from qa_dist.tasks.reading import Record, content, decoded, json_records, parquet_records, suffix
+
+FORMS = "not a list of examples with tokens and ner_tags"
+DOCUMENT_START = "-DOCSTART-"
+"""The word of lines that separate documents."""
+
+
+def read_file(path: Path, columns: Mapping[str, str], labelled: bool = True) -> list[Record]:
+    """Read columns (a word a line, a blank line between sentences), a JSON list, JSON lines or Parquet; each may be
+    compressed with gzip.
+
+    `columns` maps our field names, tokens and ner_tags, to those of the file or to the numbers of its columns, counted
+    from 1, where they are others than the first and the last. If not `labelled`, tags are neither needed nor looked at.
+    Raises `UserError` for a file that is missing, empty, damaged, or in none of these forms.
+    """
+    data = content(path)
+    if data[:4] == b"PAR1":
+        return with_our_names(list(parquet_records(path, data)), columns, str(path), labelled)
+    text = decoded(path, data)
+    kind = suffix(path)
+    if kind in (".json", ".jsonl", ".ndjson") or _is_object(text.lstrip().split("\n", 1)[0]):
+        return with_our_names(json_records(path, text, FORMS), columns, str(path), labelled)
+    if kind == ".csv":
+        raise UserError(
+            f"{path}: CSV cannot hold a sentence; write JSON lines with tokens and ner_tags, or a word and its tag a "
+            "line, between them a blank or a tab, and call the file .conll"
+        )
+    return _columns(path, text, columns, labelled)
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return line.startswith("{") and isinstance(json.loads(line), dict) and line.strip() != "{}"
+    except (ValueError, RecursionError):
+        return False
+
+
+def _columns(path: Path, text: str, columns: Mapping[str, str], labelled: bool) -> list[Record]:
+    """Sentences of a file in columns; `line` of each is where its first word stands."""
+    lines = [line.rstrip("\r") for line in text.split("\n")]
+    sentences: list[list[tuple[int, list[str]]]] = [[]]
+    has_tabs = False
+    width, first, wrong = 0, 0, []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.startswith(DOCUMENT_START):
+            sentences.append([])
+            continue
+        if not width:
+            has_tabs = "\t" in line
+        cells = [cell.strip() for cell in line.split("\t")] if has_tabs else re.split(r"[ \t]+", line.strip(" \t"))
+        if not width:
+            width, first = len(cells), number
+        if len(cells) != width:
+            wrong.append(f"{path}:{number} has {len(cells)}")
+        sentences[-1].append((number, cells))
+    if wrong:
+        by = "tabs" if has_tabs else "blanks"
+        raise UserError(
+            f"{path}: {len(wrong):,} lines have another number of columns than line {first}, which has {width} "
+            f"(divided by {by}): {listing(wrong)}"
+        )
+    if not width:
+        raise UserError(f"{path}: holds no words")
+    if labelled and width == 1:
+        raise UserError(f"{path}:{first}: has one column only; the word's tag has to stand in the last one")
+    word = _column(path, columns, "tokens", 1, width)
+    tag = _column(path, columns, "ner_tags", width, width) if labelled else None
+    return [
+        Record(
+            {
+                "tokens": [cells[word] for _, cells in sentence],
+                "line": sentence[0][0],
+                **({} if tag is None else {"ner_tags": [cells[tag] for _, cells in sentence]}),
+            },
+            f"{path}:{sentence[0][0]}",
+        )
+        for sentence in sentences
+        if sentence
+    ]
+
+
+def _column(path: Path, columns: Mapping[str, str], name: str, default: int, width: int) -> int:
+    """The column's place, from 0."""
+    text = columns.get(name, str(default))
+    if not text.isdecimal() or not 1 <= int(text) <= width:
+        raise UserError(
+            f"data.columns: {name}: {text!r} is no column of {path}: it has {width}; give the number of one, counted "
+            "from 1"
+        )
+    return int(text) - 1
+
+
+def with_our_names(
+    records: Sequence[Record], columns: Mapping[str, str], name: str, labelled: bool = True
+) -> list[Record]:
+    """The records with `columns` renamed. Raises `UserError` for columns that no record has."""
+    if not records:
+        raise UserError(f"{name}: holds no examples")
+    fields = ["tokens", *(["ner_tags"] if labelled else [])]
+    wanted = {ours: columns.get(ours, ours) for ours in (*fields, *(["id"] if "id" in columns else []))}
+    present = dict.fromkeys(key for record in records for key in record.values)
+    missing = [theirs for theirs in wanted.values() if theirs not in present]
+    if missing:
+        raise UserError(
+            f"{name}: has no column {listing([repr(column) for column in missing])}; it has "
+            f"{listing([repr(column) for column in present], limit=20)}. Say which is which with data.columns, such as "
+            "{tokens: words, ner_tags: labels}"
+        )
+    wanted.setdefault("id", "id")
+    return [
+        Record(
+            {ours: record.values[theirs] for ours, theirs in wanted.items() if theirs in record.values}, record.place
+        )
+        for record in records
+    ]

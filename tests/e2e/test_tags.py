@@ -1,0 +1,223 @@
+"""`TokenClassifier`, `qa-dist tag` and `serve` for token classification, on a run of seconds."""
+
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForTokenClassification, pipeline
+
+from qa_dist import QuestionAnswerer, TokenClassifier
+from qa_dist.cli import main
+from qa_dist.config import SyntheticConfig
+from qa_dist.errors import InputError, UserError
+from qa_dist.tasks.token_classification import synthetic
+from qa_dist.tasks.token_classification.words import words_of
+from tests.browser import browser_page
+from tests.e2e.test_token_classification import flags_of
+from tests.helpers import ROOT, environment
+
+EXAMPLES = synthetic.generate(SyntheticConfig(validation_examples=21, long_share=0.3), "validation")
+TEXT = "Ada Brunot was born in Graul . She works for Kelman Works ."
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("trained")
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", *flags_of(directory / "cache"), "--run.output_dir", str(directory / "run")])
+    assert exit_.value.code == 0
+    return directory / "run"
+
+
+@pytest.fixture(scope="module")
+def classifier(run: Path) -> TokenClassifier:
+    return TokenClassifier.from_pretrained(str(run), device="cpu")
+
+
+def places(entities: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [(entity["entity_group"], entity["start"], entity["end"]) for entity in entities]
+
+
+def test_words_give_the_entities_of_the_evaluation(run: Path, classifier: TokenClassifier):
+    predictions = json.loads((run / "predictions.json").read_text())
+    found = classifier([list(example.words) for example in EXAMPLES])
+    for example, entities in zip(EXAMPLES, found, strict=True):
+        expected = predictions[example.id]
+        assert places(entities) == [(own["type"], own["start"], own["end"]) for own in expected]
+        assert [own["score"] for own in entities] == pytest.approx([own["score"] for own in expected], abs=1e-5)
+    assert sum(map(len, found)) > 20
+
+
+def test_texts_give_what_transformers_gives(run: Path, classifier: TokenClassifier):
+    """Where both see the same words: those between blanks."""
+    tag: Any = pipeline("token-classification", model=str(run / "model"), aggregation_strategy="first", stride=12)
+    several = 0
+    for example in EXAMPLES:
+        text = " ".join(example.words)
+        ours = classifier(text)
+        assert all(text[own["start"] : own["end"]] == own["word"] for own in ours)
+        if len(example.words) > 25:
+            several += 1  # of two windows transformers keeps another prediction
+            continue
+        theirs = tag(text)
+        assert places(ours) == places(theirs)
+        # transformers takes the score of the first token of a word, too, and their mean
+        assert [own["score"] for own in ours] == pytest.approx([own["score"] for own in theirs], abs=1e-4)
+    assert several < len(EXAMPLES) / 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Ada's U.N. visit, at 10:30.", ["Ada", "'s", "U.N.", "visit", ",", "at", "10:30", "."]),
+        ("Spanish-born (1.5 km)", ["Spanish-born", "(", "1.5", "km", ")"]),
+        ("@bob see https://a.b/c?d #now", ["@bob", "see", "https://a.b/c?d", "#now"]),
+        ("東京は Ångström", ["東", "京", "は", "Ångström"]),
+        ("a@b.org\n\t—ok", ["a@b.org", "—", "ok"]),
+    ],
+)
+def test_words(text: str, words: list[str]):
+    assert [text[start:end] for start, end in words_of(text)] == words
+
+
+def test_batches_streams_and_threads_change_nothing(classifier: TokenClassifier, monkeypatch: pytest.MonkeyPatch):
+    texts = [" ".join(example.words) for example in EXAMPLES]
+    expected = [classifier(text) for text in texts]
+    assert [places(own) for own in classifier(texts)] == [places(own) for own in expected]
+    found: dict[int, Any] = {}
+    threads = [threading.Thread(target=lambda i=i: found.update({i: classifier(texts[i:])})) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all([places(own) for own in found[i]] == [places(own) for own in expected[i:]] for i in range(4))
+    monkeypatch.setattr("qa_dist.inference.reader.TEXTS_PER_CHUNK", 4)
+    stream = classifier(text for text in itertools.cycle(texts))
+    assert [places(next(stream)) for _ in range(6)] == [places(own) for own in expected[:6]]
+    assert classifier([]) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the text is empty"),
+        (" \n\t", "the text holds nothing but blanks"),
+        ("half \ud800", "surrogate"),
+        (7, "neither a text nor several of them, but int"),
+        ([["Ada", " "]], "a word is empty or blank"),
+        ([[]], "there are no words"),
+        (["good", 5], "text 2: is neither a text nor a list of words, but int"),
+    ],
+)
+def test_what_cannot_be_read(classifier: TokenClassifier, text: Any, message: str):
+    with pytest.raises(InputError, match=message):
+        classifier(text)
+
+
+def test_models_that_cannot_be_used(run: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="is a model for token classification, not for question answering"):
+        QuestionAnswerer.from_pretrained(str(run))
+    damaged = shutil.copytree(run / "model", tmp_path / "damaged")
+    model = AutoModelForTokenClassification.from_pretrained(damaged)
+    model.classifier.weight.data.fill_(torch.nan)
+    model.save_pretrained(damaged)
+    with pytest.raises(UserError, match="logits are not numbers"):
+        TokenClassifier.from_pretrained(str(damaged), device="cpu")(TEXT)
+    (damaged / "qa_dist.json").unlink()
+    (damaged / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        TokenClassifier.from_pretrained(str(damaged), device="cpu")
+    with pytest.raises(TimeoutError):
+        TokenClassifier.from_pretrained(str(run), device="cpu")("word " * 5000, timeout=0.001)
+
+
+def command(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit_:
+        main(args)
+    output = capsys.readouterr()
+    code = exit_.value.code
+    return (code if isinstance(code, int) else 1), output.out, output.err
+
+
+def test_the_command(run: Path, classifier: TokenClassifier, tmp_path: Path, capsys):
+    expected = classifier(TEXT)
+    code, out, err = command(capsys, "tag", "--model", str(run), "--text", TEXT)
+    assert (code, err) == (0, "") and expected
+    assert [line.split()[1] for line in out.splitlines()] == [own["entity_group"] for own in expected]
+    (tmp_path / "text.txt").write_text(TEXT)
+    code, out, _ = command(capsys, "tag", "--model", str(run), "--text-file", str(tmp_path / "text.txt"), "--json")
+    assert places(json.loads(out)) == places(expected)
+    lines = [{"id": 4, "text": TEXT}, {"tokens": TEXT.split()}, {"other": 1}, {"text": ""}]
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n{")
+    code, out, err = command(capsys, "tag", "--model", str(run), "--input", str(tmp_path / "lines.jsonl"))
+    assert code == 2 and "line 5: is not JSON" in err and "3 of 5 lines" in err
+    found = [json.loads(line) for line in out.splitlines()]
+    assert found[0]["id"] == 4 and places(found[0]["entities"]) == places(expected)
+    assert [own["word"] for own in found[1]["entities"]] == [own["word"] for own in expected]
+    assert [(own["line"], own["error"]) for own in found[2:4]] == [
+        (3, "there is neither text nor tokens"),
+        (4, "the text is empty"),
+    ]
+    for args, message in (
+        ((), "name a file with the text"),
+        (("--text", "a", "--input", "b"), "one of them"),
+        (("--text", " "), "nothing but blanks"),
+        (("--text_file", str(tmp_path / "none")), "--text_file: .*none: No such file"),
+    ):
+        code, _, err = command(capsys, "tag", "--model", str(run), *args)
+        assert code == 2 and re.search(message, err), err
+
+
+@pytest.fixture(scope="module")
+def url(run: Path) -> Iterator[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qa_dist", "serve", "--model", str(run), "--port", "0"],
+        stdout=subprocess.PIPE, env=environment(), text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert process.stdout
+    try:
+        yield process.stdout.readline().split()[0]
+        assert process.poll() is None, "the server stayed up"
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+        process.stdout.close()
+
+
+def test_the_server(url: str, classifier: TokenClassifier):
+    def post(content: Any) -> Any:
+        data, headers = json.dumps(content).encode(), {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(f"{url}/answer", data, headers)) as response:
+            return json.loads(response.read())
+
+    assert places(post({"text": TEXT})["entities"]) == places(classifier(TEXT))
+    for content, message in (({"question": "a"}, b"text is needed"), ({"text": " "}, b"nothing but blanks")):
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            post(content)
+        assert caught.value.code == 400 and message in caught.value.read()
+
+
+def test_the_page(url: str, classifier: TokenClassifier):
+    with browser_page() as (page, problems):
+        page.goto(url)
+        page.fill("#context", f"\U0001f600 {TEXT}")
+        assert page.locator("#question").is_hidden()
+        page.click("#ask")
+        page.wait_for_selector("#answers li")
+        expected = classifier(f"\U0001f600 {TEXT}")
+        assert [text.strip() for text in page.locator("#answers .type").all_inner_texts()] == [
+            own["entity_group"] for own in expected
+        ]
+        assert page.locator("mark").all_text_contents() == [own["word"] for own in expected]
+        assert problems == []

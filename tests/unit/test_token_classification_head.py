@@ -1,0 +1,162 @@
+"""The labels of a model's head and those of the data: the same, or told apart before anything runs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+from qa_dist.config import RunConfig
+from qa_dist.errors import UserError
+from qa_dist.tasks.task import FeatureSet
+from qa_dist.tasks.token_classification.task import TokenClassification
+from qa_dist.training.models import build_model
+from tests.helpers import SIZES
+from tests.tokenizers import wordpiece_tokenizer
+
+TRAIN = "Ada B-PER\nlives O\nin O\nNew B-LOC\nYork I-LOC\n\nBo B-PER\nX I-PER\n"
+LABELS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
+"""As they are ordered when they are found."""
+
+
+def model_dir(path: Path, auto_model: Any = AutoModelForTokenClassification, labels: list[str] | int = 2) -> Path:
+    tokenizer = wordpiece_tokenizer([TRAIN] * 5)
+    names = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else labels
+    config = AutoConfig.for_model(
+        "bert",
+        **SIZES,
+        vocab_size=len(tokenizer),
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+    )
+    auto_model.from_config(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def run_config(tmp_path: Path, model: Path | None, *, validation: str = TRAIN, **data: Any) -> RunConfig:
+    (tmp_path / "train.conll").write_text(TRAIN)
+    (tmp_path / "dev.conll").write_text(validation)
+    files = {"train_file": (str(tmp_path / "train.conll"),), "validation_file": (str(tmp_path / "dev.conll"),)}
+    return RunConfig.model_validate(
+        {
+            "task": "token_classification",
+            "data": {"max_length": 32, "stride": 8, "cache_dir": tmp_path / "cache", **files, **data},
+            "model": {"name": str(model)} if model else {"config": {"model_type": "bert", **SIZES}, "vocab_size": 400},
+        }
+    )
+
+
+def built(config: RunConfig, trained: bool = False) -> tuple[Any, FeatureSet]:
+    task = TokenClassification(config)
+    features = task.features("validation" if trained else "train")
+    assert features is not None
+    return build_model(config, task, trained=trained)[0], features
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_a_new_head_is_made_for_the_labels(tmp_path: Path, pretrained: bool):
+    path = model_dir(tmp_path / "model", AutoModel) if pretrained else None
+    model, _ = built(run_config(tmp_path, path))
+    assert model.config.id2label == dict(enumerate(LABELS))
+    assert model.config.label2id == {label: i for i, label in enumerate(LABELS)}
+    assert model.num_labels == model.classifier.out_features == 5
+
+
+def test_a_trained_head_with_the_same_labels_in_another_order_keeps_its_order(tmp_path: Path):
+    order = ["I-PER", "O", "B-PER", "B-LOC", "I-LOC"]
+    path = model_dir(tmp_path / "model", labels=order)
+    model, features = built(run_config(tmp_path, path))
+    assert list(model.config.id2label.values()) == order
+    batch = features.collate(torch.arange(1).numpy())
+    labels = [order[i] for i in batch.targets["label"][0].tolist() if i >= 0]
+    assert labels == ["B-PER", "O", "O", "B-LOC", "I-LOC"]
+    before = AutoModelForTokenClassification.from_pretrained(path).classifier.weight
+    assert torch.equal(model.classifier.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("labels", "given", "expected"),
+    [
+        (
+            ["O", "B-PER", "I-PER"],
+            (),
+            "has a head for 3 labels, and the training examples have 5: it lacks B-LOC, I-LOC",
+        ),
+        (
+            [*LABELS, "B-X", "I-X"],
+            (),
+            "a head for 7 labels, and the training examples have 5: only the model has B-X, I-X",
+        ),
+        ([*LABELS[:4], "I-X"], (), "only the model has I-X; it lacks I-PER"),
+        (LABELS, tuple(LABELS[:3]), "has a head for 5 labels, and data.labels has 3"),
+        (7, tuple(LABELS), "has a head for 7 labels, and data.labels has 5"),
+        (
+            7,
+            (),
+            "has a head for 7 labels, the training examples have 5; and no names for them (LABEL_0, LABEL_1, LABEL_2",
+        ),
+        (5, (), "has a head for 5 labels; and no names for them"),
+        (["NOUN", "VERB"], (), "tells labels apart that are no entities in IOB2 (NOUN, VERB)"),
+    ],
+)
+def test_a_head_for_other_labels_is_refused(tmp_path: Path, labels: Any, given: tuple[str, ...], expected: str):
+    path = model_dir(tmp_path / "model", labels=labels)
+    with pytest.raises(UserError) as error:
+        built(run_config(tmp_path, path, labels=given))
+    assert expected in str(error.value)
+
+
+def test_a_head_with_labels_that_the_data_lack_is_trained_on_where_they_are_given(tmp_path: Path):
+    labels = ["I-X", *LABELS, "B-X"]
+    path = model_dir(tmp_path / "model", labels=labels)
+    model, _ = built(run_config(tmp_path, path, labels=(*LABELS, "B-X", "I-X")))
+    assert list(model.config.id2label.values()) == labels
+
+
+def test_a_head_without_names_gets_those_that_are_given(tmp_path: Path):
+    path = model_dir(tmp_path / "model", labels=5)
+    model, _ = built(run_config(tmp_path, path, labels=tuple(reversed(LABELS))))
+    assert list(model.config.id2label.values()) == LABELS[::-1]
+
+
+def test_evaluation_takes_the_heads_labels_and_reads_no_training_data(tmp_path: Path):
+    path = model_dir(tmp_path / "model", labels=[*LABELS, "B-X"])
+    config = run_config(tmp_path, path, validation="Ada B-PER\nX B-X\n")
+    (tmp_path / "train.conll").write_text("broken")
+    model, features = built(config, trained=True)
+    assert model.num_labels == 6
+    assert features.collate(torch.arange(1).numpy()).targets["label"].max() == 5
+
+
+def test_labels_of_the_validation_data_that_are_not_known_are_named(tmp_path: Path):
+    config = run_config(tmp_path, None, validation="Ada B-PER\n\nX B-X\nY I-X\n\nZ B-X\n")
+    with pytest.raises(UserError) as error:
+        TokenClassification(config).features("validation")
+    dev = tmp_path / "dev.conll"
+    assert "validation: the examples have labels that are not among" in str(error.value)
+    assert f"'B-X' ({dev}:3, {dev}:6); 'I-X' ({dev}:4)" in str(error.value)
+    fewer = run_config(tmp_path, None, validation="Ada B-PER\n")  # labels that only the training data have are fine
+    assert TokenClassification(fewer).features("validation") is not None
+
+
+def test_the_number_of_labels_in_a_new_models_config_has_to_be_theirs(tmp_path: Path):
+    config = run_config(tmp_path, None)
+    model = config.model.model_copy(update={"config": {**(config.model.config or {}), "num_labels": 3}})
+    with pytest.raises(UserError, match="num_labels is 3, and there are 5 labels"):
+        built(config.model_copy(update={"model": model}))
+
+
+def test_a_head_of_another_task_that_has_the_same_name_is_refused_with_both_sizes(tmp_path: Path):
+    path = model_dir(tmp_path / "model", AutoModelForSequenceClassification, labels=3)
+    with pytest.raises(UserError) as error:
+        built(run_config(tmp_path, path))
+    assert "classifier.bias is (3,), and has to be (5,), classifier.weight is (3, 32), and has to be" in str(
+        error.value
+    )
+
+
+def test_a_base_model_is_not_evaluated(tmp_path: Path):
+    with pytest.raises(UserError, match="has not been trained for token classification"):
+        built(run_config(tmp_path, model_dir(tmp_path / "model", AutoModel)), trained=True)
