@@ -27,6 +27,8 @@ def _as_names(value: object) -> object:
 FileNames = Annotated[tuple[Annotated[str, "PATH"], ...], BeforeValidator(_as_names)]
 """One file name or several."""
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
+ColumnName = Annotated[str, Field(coerce_numbers_to_str=True)]
+"""A column's name, or its number."""
 
 
 class Section(BaseModel):
@@ -73,10 +75,10 @@ class DataConfig(Section):
     """Split of the data set to train on."""
     validation_split: str | None = "validation"
     """Split of the data set to evaluate on."""
-    columns: dict[str, str] = {}
+    columns: dict[str, ColumnName] = {}
     """Names of the columns, where they are not id, question, context and answers; answers may also be the two columns
     answer_text and answer_start. Such as {context: passage, id: question_id}. For token classification id, tokens and
-    ner_tags, such as {ner_tags: labels}; of columns without names their numbers, such as {tokens: '2'}."""
+    ner_tags, such as {ner_tags: labels}; of columns without names their numbers, such as {tokens: 2}."""
     labels: Names = ()
     """For token classification: the names of all labels, such as O B-PER I-PER, in the order of their numbers where
     tags are numbers. By default those of the data set, or those found in the training examples."""

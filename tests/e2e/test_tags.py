@@ -22,7 +22,6 @@ from qa_dist.cli import main
 from qa_dist.config import SyntheticConfig
 from qa_dist.errors import InputError, UserError
 from qa_dist.tasks.token_classification import synthetic
-from qa_dist.tasks.token_classification.words import words_of
 from tests.browser import browser_page
 from tests.e2e.test_token_classification import flags_of
 from tests.helpers import ROOT, environment
@@ -77,20 +76,6 @@ def test_texts_give_what_transformers_gives(run: Path, classifier: TokenClassifi
     assert several < len(EXAMPLES) / 2
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("Ada's U.N. visit, at 10:30.", ["Ada", "'s", "U.N.", "visit", ",", "at", "10:30", "."]),
-        ("Spanish-born (1.5 km)", ["Spanish-born", "(", "1.5", "km", ")"]),
-        ("@bob see https://a.b/c?d #now", ["@bob", "see", "https://a.b/c?d", "#now"]),
-        ("東京は Ångström", ["東", "京", "は", "Ångström"]),
-        ("a@b.org\n\t—ok", ["a@b.org", "—", "ok"]),
-    ],
-)
-def test_words(text: str, words: list[str]):
-    assert [text[start:end] for start, end in words_of(text)] == words
-
-
 def test_batches_streams_and_threads_change_nothing(classifier: TokenClassifier, monkeypatch: pytest.MonkeyPatch):
     texts = [" ".join(example.words) for example in EXAMPLES]
     expected = [classifier(text) for text in texts]
@@ -106,6 +91,7 @@ def test_batches_streams_and_threads_change_nothing(classifier: TokenClassifier,
     stream = classifier(text for text in itertools.cycle(texts))
     assert [places(next(stream)) for _ in range(6)] == [places(own) for own in expected[:6]]
     assert classifier([]) == []
+    assert classifier("\u200b\u200e") == []  # nothing that is seen, and so no word
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,8 @@ def load(path: Path, content: str | bytes, name: str = "train", **settings: Any)
         ("d.conll", "-DOCSTART- -X-\n\n" + COLUMNS.replace("\n\n", "\n \t\n\n\n")),
         ("d.conll", "\ufeff" + COLUMNS.rstrip("\n")),
         ("d.conll", COLUMNS.replace(" ", " NNP I-NP ")),
+        ("d.conll", "# id 1 domain=en\n# x\n" + COLUMNS.replace("\n\n", "\n\n# id 2\n")),
+        ("d.conll", "# id 1\n" + COLUMNS.replace(" ", "\t").replace("\n\n", "\n\n# sent_id = 2\n")),
         ("d.conll.gz", gzip.compress(COLUMNS.encode())),
         ("d.json", json.dumps(ROWS)),
         ("d.json", json.dumps({"data": ROWS})),
@@ -72,9 +74,16 @@ def test_where_words_stand(tmp_path: Path):
     assert load(tmp_path / "d.jsonl", lines(ROWS)).items[1].where(0) == f"{tmp_path}/d.jsonl, line 2, token 1"
 
 
+def test_the_word_that_comments_begin_with(tmp_path: Path):
+    (found,) = load(tmp_path / "d.conll", "# O\nAda B-PER\n# I-PER\n").items
+    assert (found.words, found.labels) == (("#", "Ada", "#"), ("O", "B-PER", "I-PER"))
+    with pytest.raises(UserError, match=r"d.conll:2 has 3"):  # no comment stands in the middle of a sentence
+        load(tmp_path / "d.conll", "Ada B-PER\n# id 2\nruns O\n")
+
+
 def test_columns_by_name_and_by_number(tmp_path: Path):
     content = "1\tAda\tB-PER\tO\n2\truns\tO\tO\n"
-    (found,) = load(tmp_path / "d.tsv", content, columns={"tokens": "2", "ner_tags": "3"}).items
+    (found,) = load(tmp_path / "d.tsv", content, columns={"tokens": 2, "ner_tags": "3"}).items
     assert (found.words, found.labels) == (("Ada", "runs"), ("B-PER", "O"))
     renamed = [{"words": r["tokens"], "labels": r["ner_tags"]} for r in ROWS]
     found = load(tmp_path / "d.jsonl", lines(renamed), columns={"tokens": "words", "ner_tags": "labels"})
@@ -105,10 +114,10 @@ def test_what_is_predicted_needs_no_tags(tmp_path: Path):
         (
             "bad.conll",
             "a O\nb\nc O x\n",
-            "2 lines have another number of columns than line 1, which has 2 (divided by ",
+            "another number of columns than line 1, which has 2 (divided by blanks), have 2 of its lines: ",
         ),
         ("bad.conll", "a O\n\nb\n", "bad.conll:3 has 1"),
-        ("bad.conll", "a b\tO\nc O\n", "(divided by tabs): "),
+        ("bad.conll", "a b\tO\nc O\n", "(divided by tabs), have 1 of its lines: "),
         ("bad.conll", "a\nb\n", "bad.conll:1: has one column only"),
         ("bad.conll", "a O\nb X-PER\n", "neither O nor B- or I- and a type (IOB2): 1 ('X-PER' at "),
         ("bad.conll", "a O\n\nb O\nc B-\n", "bad.conll:4"),

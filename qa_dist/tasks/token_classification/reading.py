@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qa_dist.errors import UserError, listing
 from qa_dist.tasks.reading import Record, content, decoded, json_records, parquet_records, suffix
+from qa_dist.tasks.token_classification.scheme import is_label
 
 FORMS = "not a list of examples with tokens and ner_tags"
 DOCUMENT_START = "-DOCSTART-"
@@ -43,36 +44,46 @@ def _is_object(line: str) -> bool:
         return False
 
 
+def _is_apart(line: str) -> bool:
+    """Whether it stands between sentences."""
+    return not line.strip() or line.startswith(DOCUMENT_START)
+
+
 def _columns(path: Path, text: str, columns: Mapping[str, str], labelled: bool) -> list[Record]:
     """Sentences of a file in columns; `line` of each is where its first word stands."""
     lines = [line.rstrip("\r") for line in text.split("\n")]
+    first = next((i for i, line in enumerate(lines) if not _is_apart(line) and not line.startswith("# ")), None)
+    if first is None:
+        raise UserError(f"{path}: holds no words")
+    has_tabs = "\t" in lines[first]
+
+    def cells_of(line: str) -> list[str]:
+        return [cell.strip() for cell in line.split("\t")] if has_tabs else re.split(r"[ \t]+", line.strip(" \t"))
+
+    width = len(cells_of(lines[first]))
+    if labelled and width == 1:
+        raise UserError(f"{path}:{first + 1}: has one column only; the word's tag has to stand in the last one")
+    word = _column(path, columns, "tokens", 1, width)
+    tag = _column(path, columns, "ner_tags", width, width) if labelled else None
     sentences: list[list[tuple[int, list[str]]]] = [[]]
-    has_tabs = False
-    width, first, wrong = 0, 0, []
+    wrong: list[str] = []
     for number, line in enumerate(lines, start=1):
-        if not line.strip() or line.startswith(DOCUMENT_START):
+        if _is_apart(line):
             sentences.append([])
             continue
-        if not width:
-            has_tabs = "\t" in line
-        cells = [cell.strip() for cell in line.split("\t")] if has_tabs else re.split(r"[ \t]+", line.strip(" \t"))
-        if not width:
-            width, first = len(cells), number
-        if len(cells) != width:
+        cells = cells_of(line)
+        fits = len(cells) == width
+        if not sentences[-1] and line.startswith("# ") and not (fits and (tag is None or is_label(cells[tag]))):
+            continue  # a comment, such as the sentence's id; a word # has its tag
+        if not fits:
             wrong.append(f"{path}:{number} has {len(cells)}")
         sentences[-1].append((number, cells))
     if wrong:
         by = "tabs" if has_tabs else "blanks"
         raise UserError(
-            f"{path}: {len(wrong):,} lines have another number of columns than line {first}, which has {width} "
-            f"(divided by {by}): {listing(wrong)}"
+            f"{path}: another number of columns than line {first + 1}, which has {width} (divided by {by}), have "
+            f"{len(wrong):,} of its lines: {listing(wrong)}"
         )
-    if not width:
-        raise UserError(f"{path}: holds no words")
-    if labelled and width == 1:
-        raise UserError(f"{path}:{first}: has one column only; the word's tag has to stand in the last one")
-    word = _column(path, columns, "tokens", 1, width)
-    tag = _column(path, columns, "ner_tags", width, width) if labelled else None
     return [
         Record(
             {
