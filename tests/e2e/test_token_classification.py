@@ -17,6 +17,7 @@ from qa_dist.reporting.report import write_report
 from qa_dist.reporting.report.reading import read_run
 from qa_dist.tasks.token_classification import synthetic
 from qa_dist.tasks.token_classification.scheme import entities_of
+from tests.browser import browser_page
 from tests.helpers import ROOT, SIZES, Launcher, jsonl, tiny_flags
 from tests.tokenizers import wordpiece_tokenizer
 
@@ -185,6 +186,26 @@ def test_the_report_of_a_run(alone: Path, tmp_path: Path):
     assert all_types[3:] == pytest.approx([metrics[name] for name in ("precision", "recall", "f1")])
     marks = [mark for example in story.review.examples for mark in example.marks]
     assert {mark.label for mark in marks if mark.kind == "gold"} == {"person", "place", "organisation"}
+
+
+def test_the_page_of_the_report(alone: Path, tmp_path: Path):
+    path = write_report(alone, tmp_path / "report.html", None, print)
+    with browser_page() as (page, problems):
+        page.goto(Path(path).resolve().as_uri())
+        header = page.locator("#table thead th")
+        page.locator("#table tbody tr").first.wait_for()
+        assert [text.strip() for text in header.all_inner_texts()][-2:] == ["F1 of the sentence", "words"]
+        assert "probability" not in page.locator("#sort").inner_text()  # sentences have none
+        styles = page.locator("figure[data-chart=scores] .plot path.line").evaluate_all(
+            "lines => lines.map(line => getComputedStyle(line).stroke)"
+        )
+        assert len(styles) == len(set(styles)) == 4  # precision, recall, F1 and accuracy are told apart
+        page.fill("#query", "synthetic-validation-000000")
+        page.locator("#table tbody button.open").click()
+        (example, *_) = synthetic.generate(SyntheticConfig(validation_examples=21, long_share=0.3), "validation")
+        text = page.locator("#table tbody .detail").inner_text()
+        assert "organisation" in text and " ".join(example.words[:3]) in text
+        assert problems == []
 
 
 def test_the_model_card_says_how_to_use_the_model(alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):

@@ -236,6 +236,7 @@
   // -------------------------------------------------------------------------------------------- the table
 
   const last = data.figures.length - 1; // the figure that tells most, beside whether an example is right
+  const isSure = examples.confidence.some((one) => one !== null); // whether the task knows how sure it is
   const columns = [
     { className: "state", title: "", sort: figures[0] },
     { className: "", title: data.names[0], sort: "order" },
@@ -243,7 +244,7 @@
     { className: "answer less", title: "gold" },
     { className: "number", title: data.figures[last]?.[1] ?? "", sort: figures[last] },
     ...(other ? [{ className: "number less", title: "change", sort: `change:${figures[last]}` }] : []),
-    { className: "number less", title: "probability", sort: "probability" },
+    ...(isSure ? [{ className: "number less", title: "probability", sort: "probability" }] : []),
     { className: "number less", title: "words", sort: "length" },
   ];
 

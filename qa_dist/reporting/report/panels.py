@@ -90,5 +90,5 @@ def calibration_chart(here: Calibration, there: Calibration | None) -> Chart | N
     series = [Series(f"share right, {HERE}" if there else "share right", points(here), is_dotted=True)]
     if there:
         series.append(Series(f"share right, {THERE}", points(there), is_other=True, is_dotted=True))
-    series.append(Series("perfect calibration", [(0.0, 0.0), (1.0, 1.0)], style=2))
+    series.append(Series("perfect calibration", [(0.0, 0.0), (1.0, 1.0)], style=3))
     return chart("calibration", "Calibration", "mean probability", series, limits=(0.0, 1.0))

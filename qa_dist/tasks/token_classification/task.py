@@ -54,7 +54,7 @@ class TokenClassification(Task):
     card: ClassVar[CardWords] = CardWords(
         pipeline_tag="token-classification",
         tags=("named-entity-recognition",),
-        metrics={"precision": "precision", "recall": "recall", "f1": "f1", "accuracy": "accuracy"},
+        metrics={"f1": "f1", "precision": "precision", "recall": "recall", "accuracy": "accuracy"},
         unit="percent",
         summary="Named entity recognition: the model marks the parts of a text that are entities, and says of which "
         "type each is.",
