@@ -1,6 +1,7 @@
 """The command line: `qa-dist COMMAND …`, or `accelerate launch … -m qa_dist COMMAND …` on many processes."""
 
 import io
+import json
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import tyro
 
-from qa_dist import __version__, checks
+from qa_dist import __version__, checks, scoring
 from qa_dist.config import RunConfig
 from qa_dist.config_sources import Problem, Source, from_flags, from_yaml, leaves, reference, resolve, to_yaml
 from qa_dist.errors import UserError
@@ -51,11 +52,6 @@ TRAIN_OPTIONS = {
     "one, in hub.repo_id, or start; hub: from the newest in hub.repo_id, hub:user/name or hub:user/name@revision: in "
     "that repository; a path: from that checkpoint, or that run's newest; none (default): start.",
     "allow_changed": "Settings, separated by commas, that may differ from those of the resumed checkpoint.",
-}
-SCORE_OPTIONS = {
-    "predictions": "JSON file of predictions, id -> text.",
-    "null_odds": "With data.unanswerable allow: JSON file, id -> score of no answer, for the best thresholds.",
-    "na_prob_thresh": "Predictions with higher null odds count as no answer; 1.0 by default.",
 }
 
 USAGE = """usage: qa-dist COMMAND [--config FILE] [--section.key VALUE ...]
@@ -190,7 +186,7 @@ def _get(args: list[str]) -> int:
 
 def _read(command: str, args: list[str]) -> tuple[list[Source], dict[str, str | None]]:
     """The settings that `args` give, and the command's own options."""
-    own = {"score": SCORE_OPTIONS, "train": TRAIN_OPTIONS, "config show": TRAIN_OPTIONS}
+    own = {"score": scoring.OPTIONS, "train": TRAIN_OPTIONS, "config show": TRAIN_OPTIONS}
     extra = {"config": "YAML file with settings."} | own.get(command, {})
     flags, options = from_flags(args, f"qa-dist {command}", COMMANDS[command], extra)
     config_file = options["config"]
@@ -306,21 +302,7 @@ def _prepare(config: RunConfig) -> int:
 
 
 def _score(config: RunConfig, options: dict[str, str | None]) -> int:
-    import json
-
-    from qa_dist.tasks.question_answering.scoring import score_file
-
-    if config.task != "question_answering":
-        raise UserError("qa-dist score knows the files of question answering only; qa-dist evaluate scores a model")
-    predictions, null_odds = options["predictions"], options["null_odds"]
-    if predictions is None:
-        raise UserError("--predictions: is not set; name a JSON file of predictions")
-    try:
-        na_prob_thresh = float(options["na_prob_thresh"] or 1.0)
-    except ValueError:
-        raise UserError(f"--na_prob_thresh: {options['na_prob_thresh']!r} is not a number") from None
-    odds_file = Path(null_odds) if null_odds else None
-    figures, notes = score_file(config, Path(predictions), odds_file, na_prob_thresh)
+    figures, notes = scoring.score(config, options)
     for note in notes:
         _tell(f"qa-dist: note: {note}")
     print(json.dumps(figures, indent=2))

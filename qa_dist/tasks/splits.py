@@ -58,8 +58,8 @@ class ExampleSplit(ABC, Generic[Item]):
         """The records of a file. Raises `UserError` for one that cannot be read."""
 
     @abstractmethod
-    def rows(self, dataset: datasets.Dataset, name: str) -> list[Record]:
-        """The records of a data set. Raises `UserError` where columns are missing."""
+    def named(self, records: list[Record], name: str) -> list[Record]:
+        """The rows of the data set `name` with our names for their fields. Raises `UserError` where one is missing."""
 
     @abstractmethod
     def text_of(self, record: Record) -> Hashable:
@@ -142,7 +142,8 @@ class ExampleSplit(ABC, Generic[Item]):
         if self._files:
             files = reading.expand(self._files, self._files_key)
             return [record for file in files for record in self.read(file)]
-        return self.rows(self.dataset, f"{self.config.dataset} ({self._dataset_split})")
+        name = f"{self.config.dataset} ({self._dataset_split})"
+        return self.named([Record(row, f"{name}, row {i + 1}") for i, row in enumerate(self.dataset.to_list())], name)
 
     @cached_property
     def dataset(self) -> datasets.Dataset:

@@ -160,6 +160,13 @@ def test_predicting_needs_no_labels(alone: Path, tmp_path: Path, capsys: pytest.
     predictions = json.loads(contents.pop())
     assert list(predictions) == [str(i) for i in range(9)]
     assert any(predictions.values())
+    own = tmp_path / f"evaluate-{files[True].stem}"
+    flags = ("--task", "token_classification", "--data.validation_file", files[True])
+    code, text = command(capsys, "score", *flags, "--predictions", own / "predictions.json")
+    assert code == 0, text
+    figures, metrics = json.loads(text), json.loads((own / "metrics.json").read_text())
+    del figures["accuracy"]  # labels that break the scheme are those of entities in the file
+    assert figures == {name: metrics[name] for name in figures} and figures["recall"] > 0
 
 
 def test_preparing_shows_the_entities(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -11,7 +11,6 @@ from qa_dist.tasks.reading import (
     Record,
     content,
     decoded,
-    json_error,
     json_records,
     parquet_records,
     suffix,
@@ -29,8 +28,7 @@ def read_file(path: Path, columns: Mapping[str, str], labelled: bool = True) -> 
     be compressed with gzip.
 
     `columns` maps our field names to those of the file, where they differ. If not `labelled`, answers are neither
-    needed nor looked at. Raises `UserError` for a file that is
-    missing, empty, damaged, or in none of these forms.
+    needed nor looked at. Raises `UserError` for a file that is missing, empty, damaged, or in none of these forms.
     """
     data = content(path)
     if data[:4] == b"PAR1":
@@ -132,23 +130,3 @@ def _whole_number(value: Any) -> Any:
         return int(value) if isinstance(value, str) or (isinstance(value, float) and value == int(value)) else value
     except (ValueError, OverflowError):
         return value
-
-
-def read_mapping(path: Path, kind: type[str] | type[float]) -> dict[str, Any]:
-    """A JSON file of id -> text or id -> number. Raises `UserError` for one that is something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text (byte {error.start:,})") from None
-    except (ValueError, RecursionError) as error:
-        line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
-        raise UserError(f"{path}:{line}: is not valid JSON: {json_error(error)}") from None
-    name, accepted = ("text", str) if kind is str else ("number", (int, float))
-    if not isinstance(content, dict) or not content:
-        raise UserError(f"{path}: has to be a JSON object that gives a {name} for every question's id")
-    wrong = [key for key, value in content.items() if not isinstance(value, accepted) or isinstance(value, bool)]
-    if wrong:
-        raise UserError(f"{path}: {len(wrong):,} ids have something else than a {name} ({listing(wrong)})")
-    return content

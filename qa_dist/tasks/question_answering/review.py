@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qa_dist.errors import UserError, listing
+from qa_dist.tasks.predictions import unmatched
 from qa_dist.tasks.question_answering.data import Example
 from qa_dist.tasks.question_answering.metric import NO_ANSWER_ODDS, best_threshold, percent, score_each
 from qa_dist.tasks.task import Alternative, Mark, Review, ReviewCurve, ReviewedExample, ReviewTable
@@ -86,22 +87,16 @@ def review(
 
 def _found(examples: Sequence[Example], files: Mapping[str, Any]) -> tuple[dict[str, Found], list[str]]:
     """What the files say of each example by its id, and notes on what they lack."""
-    predictions = files.get(PREDICTIONS)
-    if not isinstance(predictions, dict) or not predictions:
+    rows = files.get(PREDICTIONS)
+    given = {key: text for key, text in rows.items() if isinstance(text, str)} if isinstance(rows, dict) else {}
+    if not given:
         raise UserError(f"{PREDICTIONS}: there are none that can be read; evaluate the model (qa-dist evaluate)")
-    given = {key: text for key, text in predictions.items() if isinstance(text, str)}
-    missing = [example.id for example in examples if example.id not in given]
-    strangers = set(predictions).difference(example.id for example in examples)
-    if len(missing) == len(examples):
-        raise UserError(
-            f"{PREDICTIONS}: none of its {len(predictions):,} ids ({listing(list(predictions))}) is among the "
-            f"{len(examples):,} examples ({listing(missing)}); it was made for other data"
-        )
+    missing, strangers = unmatched(PREDICTIONS, given, [example.id for example in examples])
     notes = []
     if missing:
         notes.append(f"{len(missing):,} questions have no prediction and are left out ({listing(missing)})")
     if strangers:
-        notes.append(f"{len(strangers):,} predictions are for no question of these data ({listing(sorted(strangers))})")
+        notes.append(f"{len(strangers):,} predictions are for no question of these data ({listing(strangers)})")
     n_best, null_odds = (
         content if isinstance(content := files.get(name), dict) else {} for name in (N_BEST, NULL_ODDS)
     )

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from qa_dist.config import RunConfig
 from qa_dist.errors import UserError, listing
+from qa_dist.tasks.predictions import read_mapping, unmatched
 from qa_dist.tasks.question_answering.metric import score_predictions
-from qa_dist.tasks.question_answering.reading import read_mapping
 from qa_dist.tasks.question_answering.splits import Split
 
 
@@ -17,19 +17,13 @@ def score_file(
     SQuAD 2.0's rules hold where data.unanswerable is allow. Raises `UserError` for files that cannot be used.
     """
     v2 = config.data.unanswerable == "allow"
-    predictions = read_mapping(predictions_file, str)
+    predictions = read_mapping(predictions_file, "text")
     if null_odds_file is not None and not v2:
         raise UserError("--null_odds: belongs to SQuAD 2.0; add --data.unanswerable allow")
-    null_odds = read_mapping(null_odds_file, float) if null_odds_file else None
+    null_odds = read_mapping(null_odds_file, "number") if null_odds_file else None
     examples = Split(config.data, "validation").loaded
     references = {example.id: example.answers for example in examples.items}
-    missing = [key for key in references if key not in predictions]
-    strangers = [key for key in predictions if key not in references]
-    if len(missing) == len(references):
-        raise UserError(
-            f"{predictions_file}: none of its {len(predictions):,} ids ({listing(strangers)}) is among the "
-            f"{len(references):,} examples ({listing(missing)}); it was made for other data"
-        )
+    missing, strangers = unmatched(str(predictions_file), predictions, list(references))
     if null_odds is not None:
         bare = [key for key in predictions if key in references and key not in null_odds]
         if bare:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qa_dist.errors import UserError, listing
+from qa_dist.tasks.predictions import unmatched
 from qa_dist.tasks.task import Mark, Review, ReviewedExample, ReviewTable
 from qa_dist.tasks.token_classification.data import Example
 from qa_dist.tasks.token_classification.metric import score_entities
@@ -30,26 +31,19 @@ WINDOWS = ("1", "2", "3", "4+")
 def review(examples: Sequence[Example], windows: Sequence[int], files: Mapping[str, Any]) -> Review:
     """The review of `examples`, of which each has so many `windows`. Raises `UserError` where `files` hold no
     predictions of these examples."""
-    predictions = files.get(PREDICTIONS)
-    if not isinstance(predictions, dict) or not predictions:
+    rows = files.get(PREDICTIONS)
+    lists = {key: found for key, found in rows.items() if isinstance(found, list)} if isinstance(rows, dict) else {}
+    if not lists:
         raise UserError(f"{PREDICTIONS}: there are none that can be read; evaluate the model (qa-dist evaluate)")
+    missing, strangers = unmatched(PREDICTIONS, lists, [example.id for example in examples])
     given = {
-        example.id: found
-        for example in examples
-        if (found := _entities(predictions.get(example.id), len(example.words))) is not None
+        example.id: _entities(lists[example.id], len(example.words)) for example in examples if example.id in lists
     }
-    missing = [example.id for example in examples if example.id not in given]
-    strangers = set(predictions).difference(example.id for example in examples)
-    if not given:
-        raise UserError(
-            f"{PREDICTIONS}: none of its {len(predictions):,} ids ({listing(list(predictions))}) is among the "
-            f"{len(examples):,} examples ({listing(missing)}); it was made for other data"
-        )
     notes = []
     if missing:
         notes.append(f"{len(missing):,} sentences have no prediction and are left out ({listing(missing)})")
     if strangers:
-        notes.append(f"{len(strangers):,} predictions are for no sentence of these data ({listing(sorted(strangers))})")
+        notes.append(f"{len(strangers):,} predictions are for no sentence of these data ({listing(strangers)})")
     known = [
         (example, entities_of(example.labels), given[example.id], count)
         for example, count in zip(examples, windows, strict=True)
@@ -68,10 +62,8 @@ def review(examples: Sequence[Example], windows: Sequence[int], files: Mapping[s
     )
 
 
-def _entities(rows: Any, words: int) -> list[Entity] | None:
-    """The entities that a file, whose content is not to be trusted, has for a sentence; None where it has none."""
-    if not isinstance(rows, list):
-        return None
+def _entities(rows: list[Any], words: int) -> list[Entity]:
+    """Those of a sentence of so many words that a file has, whose content is not to be trusted."""
     found = []
     for row in rows:
         row = row if isinstance(row, dict) else {}

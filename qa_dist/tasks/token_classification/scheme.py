@@ -44,6 +44,14 @@ def entities_of(labels: Sequence[str]) -> list[Entity]:
     return found
 
 
+def labels_for(entities: Iterable[Entity], words: int) -> tuple[str, ...]:
+    """The labels of a sentence of so many words with these entities, which do not overlap."""
+    labels = [OUTSIDE] * words
+    for type_, start, end in entities:
+        labels[start:end] = [f"B-{type_}", *[f"I-{type_}"] * (end - start - 1)]
+    return tuple(labels)
+
+
 def loose_starts(labels: Sequence[str]) -> list[int]:
     """Positions of `I-` labels that begin an entity."""
     return [entity.start for entity in entities_of(labels) if labels[entity.start][0] == "I"]

@@ -4,8 +4,6 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
-import datasets
-
 from qa_dist.config import SyntheticConfig
 from qa_dist.tasks.reading import Record
 from qa_dist.tasks.splits import Examples, ExampleSplit
@@ -37,9 +35,8 @@ class Split(ExampleSplit[Example]):
     def read(self, path: Path) -> list[Record]:
         return reading.read_file(path, self.config.columns, self.is_labelled)
 
-    def rows(self, dataset: datasets.Dataset, name: str) -> list[Record]:
-        rows = [Record(row, f"{name}, row {i + 1}") for i, row in enumerate(dataset.to_list())]
-        return reading.with_our_names(rows, self.config.columns, name, self.is_labelled)
+    def named(self, records: list[Record], name: str) -> list[Record]:
+        return reading.with_our_names(records, self.config.columns, name, self.is_labelled)
 
     def text_of(self, record: Record) -> Hashable:
         words = record.values.get("tokens")

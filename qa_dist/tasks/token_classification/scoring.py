@@ -1,0 +1,90 @@
+"""Files of predicted entities, scored as conlleval does."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qa_dist.config import RunConfig
+from qa_dist.errors import UserError, listing
+from qa_dist.tasks.predictions import read_mapping, unmatched
+from qa_dist.tasks.reading import content, decoded
+from qa_dist.tasks.token_classification import reading
+from qa_dist.tasks.token_classification.data import Example, check_records
+from qa_dist.tasks.token_classification.metric import score_labels
+from qa_dist.tasks.token_classification.scheme import OUTSIDE, Entity, entities_of, labels_for
+from qa_dist.tasks.token_classification.splits import Split
+
+
+def score_file(config: RunConfig, predictions_file: Path) -> tuple[dict[str, float], list[str]]:
+    """The figures for `predictions_file` on the validation examples, as `score_labels` calls them, and notes for the
+    user.
+
+    The file is a predictions.json as evaluation writes it, or the same sentences again, in any form of the data, with
+    the predicted tags. Raises `UserError` for files that cannot be used.
+    """
+    source = Split(config.data, "validation")
+    examples = source.loaded
+    expected = {example.id: example.labels for example in examples.items}
+    notes = list(examples.notes)
+    if _is_mapping(predictions_file, config.data.columns.get("tokens", "tokens")):
+        found = read_mapping(predictions_file, "list")
+        missing, strangers = unmatched(str(predictions_file), found, list(expected))
+        known = [example for example in examples.items if example.id in found]
+        predicted = {
+            one.id: labels_for(_entities(one, found[one.id], predictions_file), len(one.words)) for one in known
+        }
+        # entities have no labels that break the scheme; so that these cost no accuracy, those of the data lose theirs
+        expected = {id: labels_for(entities_of(labels), len(labels)) for id, labels in expected.items()}
+    else:
+        records = reading.read_file(predictions_file, config.data.columns)
+        tagged = check_records(records, str(predictions_file), names=source.names)
+        notes += [f"{predictions_file}: {note}" for note in tagged.notes]
+        own = {example.id: example for example in tagged.items}
+        missing, strangers = unmatched(str(predictions_file), own, list(expected))
+        _require_same_words(examples.items, own)
+        predicted = {id: example.labels for id, example in own.items()}
+    if missing:
+        notes.append(f"{len(missing):,} sentences have no prediction, as if no entity were found ({listing(missing)})")
+    if strangers:
+        notes.append(f"{len(strangers):,} predictions are for no sentence of these data ({listing(strangers)})")
+    rows = [predicted.get(id, (OUTSIDE,) * len(labels)) for id, labels in expected.items()]
+    return score_labels(rows, list(expected.values())), notes
+
+
+def _is_mapping(path: Path, tokens: str) -> bool:
+    """Whether the file is a JSON object that is no example itself."""
+    try:
+        found = json.loads(decoded(path, content(path)))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and tokens not in found and "data" not in found
+
+
+def _entities(example: Example, rows: list[Any], path: Path) -> list[Entity]:
+    """What the file has for a sentence, checked."""
+    found: list[Entity] = []
+    for row in rows:
+        row = row if isinstance(row, dict) else {}
+        type_, start, end = (row.get(name) for name in ("type", "start", "end"))
+        if not (isinstance(type_, str) and type_ and type(start) is int and type(end) is int):
+            raise UserError(f"{path}: {example.id!r} has an entity without type (a text), start and end (words)")
+        overlaps = any(start < other.end and other.start < end for other in found)
+        if not 0 <= start < end <= len(example.words) or overlaps:
+            raise UserError(
+                f"{path}: {example.id!r} has an entity from word {start} to {end}, which is not within its "
+                f"{len(example.words)} words, or overlaps with another one"
+            )
+        found.append(Entity(type_, start, end))
+    return found
+
+
+def _require_same_words(examples: list[Example], predictions: dict[str, Example]) -> None:
+    for example in examples:
+        other = predictions.get(example.id)
+        if other is not None and other.words != example.words:
+            pairs = zip(example.words, other.words, strict=False)
+            first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(example.words), len(other.words)) - 1)
+            raise UserError(
+                f"{other.where(first)}: has other words than {example.where(first)}; a file of predicted tags has the "
+                "sentences of the data, word for word"
+            )
