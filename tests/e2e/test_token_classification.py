@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification, pipeline
 
+from qa_dist import TokenClassifier
 from qa_dist.cli import main
 from qa_dist.config import SyntheticConfig
 from qa_dist.reporting.model_card import model_card
@@ -18,7 +20,10 @@ from qa_dist.reporting.report.reading import read_run
 from qa_dist.tasks.token_classification import synthetic
 from qa_dist.tasks.token_classification.scheme import entities_of
 from tests.browser import browser_page
+from tests.e2e.hub_training import forget, steps_of
 from tests.helpers import ROOT, SIZES, Launcher, jsonl, tiny_flags
+from tests.hub_runs import REPO
+from tests.hub_server import HubServer
 from tests.tokenizers import wordpiece_tokenizer
 
 LABELS = ["O", "B-organisation", "I-organisation", "B-person", "I-person", "B-place", "I-place"]
@@ -142,6 +147,28 @@ def command(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str
     output = capsys.readouterr()
     assert "Traceback" not in output.err
     return int(exit_.value.code or 0), output.out + output.err
+
+
+def test_what_was_pushed_goes_on_elsewhere_and_finds_entities(
+    alone: Path, tmp_path: Path, hub: HubServer, capsys: pytest.CaptureFixture[str]
+):
+    flags = [*flags_of(alone.parent / "cache", **{"checkpoint.every": "20 steps"}), "--hub.repo_id", REPO]
+    code, text = command(capsys, "train", *flags, "--run.output_dir", tmp_path / "first")
+    assert code == 0, text
+    newest, *others = steps_of(hub)
+    assert others
+    forget(hub, newest)
+    shutil.rmtree(tmp_path / "first")  # that machine is gone
+    code, text = command(capsys, "train", *flags, "--run.output_dir", tmp_path / "other", "--resume", "hub")
+    assert code == 0, text
+    assert f"(step {others[0]})" in text
+    weights = [load_file(run / "model/model.safetensors") for run in (alone, tmp_path / "other")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    text = write_columns(tmp_path / "words.conll", "validation", 1, tagged=False).read_text().replace("\n", " ")
+    found, expected = (TokenClassifier.from_pretrained(str(name))(text) for name in (REPO, alone))
+    assert found == expected != []
+    card = hub.repo(REPO).read("README.md").decode()
+    assert "pipeline_tag: token-classification" in card and "type: f1" in card
 
 
 def test_predicting_needs_no_labels(alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
