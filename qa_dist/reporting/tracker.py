@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import rich.box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -90,7 +91,8 @@ class Tracker:
     def log_evaluation(self, step: int, history: History) -> None:
         """Store the last row of `history` and show the whole as a table."""
         self._store("evaluation", step, {k: v for k, v in history[-1].items() if k != "step"})
-        table = Table("epoch", "step", "train loss", *self.headline.values())
+        columns = ("epoch", "step", "train loss", *self.headline.values())
+        table = Table(*columns, box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # eight fit into 80 characters
         for row in history:
             shown = [row["epoch"], row["step"], row["train_loss"], *(row.get(name) for name in self.headline)]
             table.add_row(*(_shown(value) for value in shown))
