@@ -210,7 +210,7 @@ def _run(command: str, sources: list[Source], options: dict[str, str | None]) ->
     launch.announce()
     from qa_dist.reporting.run_directory import StoppedError
     from qa_dist.training import session
-    from qa_dist.training.export import exported_settings
+    from qa_dist.training.export import exported_settings, model_directory
     from qa_dist.training.resume import Resume
 
     if command == "doctor":
@@ -223,7 +223,9 @@ def _run(command: str, sources: list[Source], options: dict[str, str | None]) ->
     resume = Resume(options.get("resume") or "none", allow_changed)
 
     if command in ("evaluate", "predict") and (model := _model_name(sources)):
+        model = model_directory(model)
         trained = Source()
+        trained.put("model.name", model, "--model")
         trained.put("model.config", None, model)  # the config file may be the one that the model was trained with
         sources = [exported_settings(model, with_findings=command == "predict"), *sources, trained]
     to_check = [

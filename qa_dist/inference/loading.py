@@ -14,7 +14,7 @@ from qa_dist.errors import UserError
 from qa_dist.tasks import TASKS, load_task
 from qa_dist.tasks.task import Task
 from qa_dist.tasks.tokenizer import load_tokenizer
-from qa_dist.training.export import DTYPES, exported_settings
+from qa_dist.training.export import DTYPES, exported_settings, model_directory
 from qa_dist.training.models import build_model, longest_window, pretrained_config
 
 SAFE_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
@@ -88,9 +88,7 @@ def _is_for(task: str, architecture: str) -> bool:
 
 def _located(name: str, revision: str | None) -> str:
     """The model directory of a run directory; the fetched files of a revision on the Hub; else `name`."""
-    if (Path(name) / "model" / "config.json").is_file() and not (Path(name) / "config.json").exists():
-        return str(Path(name) / "model")
-    return _fetched(name, revision) if revision is not None and not Path(name).is_dir() else name
+    return model_directory(name) if revision is None or Path(name).is_dir() else _fetched(name, revision)
 
 
 def _lower(settings: Source, config: RunConfig) -> None:

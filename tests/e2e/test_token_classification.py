@@ -176,9 +176,10 @@ def test_predicting_needs_no_labels(alone: Path, tmp_path: Path, capsys: pytest.
         tagged: write_columns(tmp_path / f"{tagged}.conll", "validation", 9, tagged=tagged) for tagged in (True, False)
     }
     for name, path in (("predict", files[False]), ("predict", files[True]), ("evaluate", files[True])):
+        model = alone if name == "predict" else alone / "model"  # either names it
         run = tmp_path / f"{name}-{path.stem}"
         code, text = command(
-            capsys, name, "--model", alone / "model", "--data.validation_file", path, "--run.output_dir", run
+            capsys, name, "--model", model, "--data.validation_file", path, "--run.output_dir", run
         )
         assert code == 0, text
         assert (run / "metrics.json").exists() == (name == "evaluate")
