@@ -137,7 +137,7 @@ def serve(args: Sequence[str], show: Say, say: Say) -> int:
     from qa_dist.inference.server import AnswerServer
 
     with AnswerServer(
-        options.answering.served(),
+        options.serving.served(),
         options.host,
         options.port,
         max_characters=options.max_characters,

@@ -41,12 +41,13 @@ def load_trained(
     dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
     defaults: dict[str, Any] | None = None,
+    given: dict[str, Any] | None = None,
 ) -> TrainedModel:
     """Load a model for `task` from a directory, a run directory or the Hub, checked as for training.
 
     `device`: by default the accelerator, if there is one. `dtype`: float32 by default. `defaults` are the settings of
-    models that were trained elsewhere; each is lowered to what the model can take. Raises `UserError` for what cannot
-    be loaded or has no head for the task.
+    models that were trained elsewhere; each is lowered to what the model can take; `given` ones hold for all. Raises
+    `UserError` for what cannot be loaded or has no head for the task.
     """
     name = _located(name, revision)
     exported = exported_settings(name, with_findings=True)
@@ -54,6 +55,8 @@ def load_trained(
     settings.put("task", task, "task")
     settings.put("model.name", name, "model.name")
     settings.put("model.trust_remote_code", trust_remote_code, "trust_remote_code")
+    for key, value in (given or {}).items():
+        settings.put(key, value, key)
     other = exported.values.get("task", task)
     if other != task:
         raise UserError(f"{name}: is a model for {_words(other)}, not for {_words(task)}")
@@ -69,14 +72,15 @@ def load_trained(
     return TrainedModel(loaded, model, place)
 
 
-def task_of(name: str, revision: str | None = None) -> str | None:
+def task_of(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> str | None:
     """The task of a trained model: what was stored with it, or what its config's architecture says; None where neither
     tells."""
     name = _located(name, revision)
     stored = exported_settings(name).values.get("task")
     if stored is not None:
         return str(stored)
-    config = pretrained_config(RunConfig.model_validate({"model": {"name": name}}).model)
+    model = RunConfig.model_validate({"model": {"name": name, "trust_remote_code": trust_remote_code}}).model
+    config = pretrained_config(model)
     found = [kind for kind in TASKS if any(_is_for(kind, one) for one in getattr(config, "architectures", None) or ())]
     return found[0] if found else None
 

@@ -28,7 +28,7 @@ class ModelOptions:
     batch_size: int | None = None
     """Windows that the model reads at once; by default 4 on a CPU and 32 elsewhere."""
     compile: bool = False
-    """Compile the model; worth its while from some thousand questions on."""
+    """Compile the model; worth its while from some thousand texts on."""
     trust_remote_code: bool = False
     """Run code that comes with the model's repository. Only for repositories whose code you have read."""
 
@@ -53,31 +53,42 @@ class AnsweringOptions(ModelOptions):
         _quieten()
         return QuestionAnswerer.from_pretrained(self.model, **self.own())
 
-    def served(self) -> "Served":
-        """The model, of whichever kind it is."""
-        from qa_dist.inference.loading import task_of
-        from qa_dist.inference.served import entities, questions
-        from qa_dist.inference.token_classifier import TokenClassifier
-
-        _quieten()
-        if task_of(self.model, self.revision) != TokenClassifier.task_name:
-            return questions(self.load(), self.model)
-        own = self.own()
-        for name in ("max_answer_length", "no_answer_threshold"):
-            if own.pop(name) is not None:
-                raise UserError(f"--{name}: is for question answering, and {self.model} is for token classification")
-        return entities(TokenClassifier.from_pretrained(self.model, **own), self.model)
-
 
 @dataclass
 class TaggingOptions(ModelOptions):
     """Which model reads, and how."""
+
+    labels: tuple[str, ...] = ()
+    """Of models that have no names for their labels: all of them, in the order of the model's head."""
 
     def load(self) -> "TokenClassifier":
         from qa_dist.inference.token_classifier import TokenClassifier
 
         _quieten()
         return TokenClassifier.from_pretrained(self.model, **self.own())
+
+
+@dataclass
+class ServingOptions(TaggingOptions, AnsweringOptions):
+    """Which model is asked, of either kind, and how."""
+
+    def served(self) -> "Served":
+        from qa_dist.inference.loading import task_of
+        from qa_dist.inference.question_answerer import QuestionAnswerer
+        from qa_dist.inference.served import entities, questions
+        from qa_dist.inference.token_classifier import TokenClassifier
+
+        _quieten()
+        task = task_of(self.model, self.revision, trust_remote_code=self.trust_remote_code)
+        is_tagger = task == TokenClassifier.task_name
+        own, others = self.own(), AnsweringOptions if is_tagger else TaggingOptions
+        for name in {field.name for field in fields(others)} - {field.name for field in fields(ModelOptions)}:
+            if own.pop(name):
+                kind, other = ("token classification", "question answering")[:: 1 if is_tagger else -1]
+                raise UserError(f"--{name}: is for {other}, and {self.model} is for {kind}")
+        if is_tagger:
+            return entities(TokenClassifier.from_pretrained(self.model, **own), self.model)
+        return questions(QuestionAnswerer.from_pretrained(self.model, **own), self.model)
 
 
 def _quieten() -> None:
@@ -89,6 +100,7 @@ def _quieten() -> None:
 
 Answering = Annotated[AnsweringOptions, tyro.conf.OmitArgPrefixes]
 Tagging = Annotated[TaggingOptions, tyro.conf.OmitArgPrefixes]
+Serving = Annotated[ServingOptions, tyro.conf.OmitArgPrefixes]
 
 
 @dataclass
@@ -133,12 +145,12 @@ class TagOptions:
 class ServeOptions:
     """Serve a page to ask the model on, and POST /answer for programs."""
 
-    answering: Answering
+    serving: Serving
     host: str = "127.0.0.1"
     """Address to listen on. Other machines reach only what is not a loopback address; there is no password."""
     port: int = 8000
     """Port to listen on; 0 for any that is free."""
     max_characters: int = 200_000
-    """Longest question and context of a request, together."""
+    """Longest texts of a request, together."""
     timeout: float = 60.0
     """Seconds that an answer may take."""

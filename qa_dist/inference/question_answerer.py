@@ -1,8 +1,6 @@
 """Questions to a trained model: `QuestionAnswerer`, in place of transformers' removed pipeline."""
 
-import itertools
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypedDict
 
@@ -11,9 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qa_dist.errors import InputError, UserError
+from qa_dist.errors import InputError
 from qa_dist.inference.loading import TrainedModel, load_trained
-from qa_dist.inference.reader import Reader, chunks, require_whole_number, until
+from qa_dist.inference.reader import Reader, chunks, require_numbers, require_whole_number, until
 from qa_dist.tasks.question_answering.data import Example
 from qa_dist.tasks.question_answering.features import NoRoomError, QuestionAnsweringFeatures
 from qa_dist.tasks.question_answering.probabilities import Found, answers_of, best_spans
@@ -145,12 +143,13 @@ class QuestionAnswerer:
         for a context, naming it, and `TimeoutError` if all this takes more than `timeout` seconds.
         """
         require_whole_number("top_k", top_k, MOST_ANSWERS)
-        how = (top_k, handle_impossible_answer, until(None if timeout is None else time.monotonic() + timeout))
+        how = (top_k, handle_impossible_answer, until(timeout))
         if context is None:
             question, context = _alone(question)
         if isinstance(question, str):
             if not isinstance(context, str):
                 raise InputError("context: is not a text; to one question belongs one context")
+            _require_texts(question, context)
             return self._answer([(question, context)], *how)[0]
         if not isinstance(question, Iterable):
             raise InputError(f"question: is neither a text nor several of them, but {type(question).__name__}")
@@ -161,17 +160,12 @@ class QuestionAnswerer:
 
     def _stream(self, questions: Iterator[Question], *how: Any) -> Iterator[Any]:
         """Answers in the order of `questions`, of which no more are taken than are answered together."""
-        count = itertools.count(1)
-        pairs = (_pair(question, f"question {next(count)}") for question in questions)
-        for chunk in chunks(pairs, lambda pair: len(pair[1])):
+        for chunk in chunks(_checked(questions), lambda pair: len(pair[1])):
             yield from self._answer(chunk, *how)
 
     def _answer(
         self, pairs: list[tuple[str, str]], top_k: int, impossible: bool | None, meanwhile: Callable[[], None]
     ) -> list[Any]:
-        for question, context in pairs:
-            if problem := text_problem(question, context):
-                raise InputError(f"{problem} (question {question!r:.80})")
         if impossible is None:
             impossible = self.no_answer_threshold is not None
         examples = [Example(str(i), question, context, (), ()) for i, (question, context) in enumerate(pairs)]
@@ -206,11 +200,7 @@ class QuestionAnswerer:
         indices, parts = zip(*self.reader.read(windows, pick, meanwhile), strict=True)
         order = np.argsort(np.concatenate(indices))
         joined = {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}
-        if not np.isfinite(joined["null_probability"]).all():
-            raise UserError(
-                "the model's logits are not numbers: its weights are damaged, or they overflow in float16; use "
-                "bfloat16 or float32"
-            )
+        require_numbers(joined["null_probability"])
         return joined
 
     def _ranked(self, found: Found, context: str, impossible: bool) -> list[Answer]:
@@ -228,6 +218,18 @@ class QuestionAnswerer:
             place = 0 if found.null_odds > self.no_answer_threshold else max(place, 1)
         answers.insert(place, none)
         return answers
+
+
+def _checked(questions: Iterable[Question]) -> Iterator[tuple[str, str]]:
+    for i, question in enumerate(questions):
+        pair = _pair(question, f"question {i + 1:,}")
+        _require_texts(*pair, place=f"question {i + 1:,}: ")
+        yield pair
+
+
+def _require_texts(question: Any, context: Any, place: str = "") -> None:
+    if problem := text_problem(question, context):
+        raise InputError(f"{place}{problem} (question {question!r:.80})")
 
 
 def text_problem(question: Any, context: Any) -> str | None:

@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qa_dist.errors import InputError
+from qa_dist.errors import InputError, UserError
 from qa_dist.inference.loading import TrainedModel
 from qa_dist.tasks.task import Batch, FeatureSet
 from qa_dist.training.batching import Indices, evaluation_batches
@@ -62,8 +63,11 @@ class Reader:
             yield indices, found
 
 
-def until(deadline: float | None) -> Callable[[], None]:
-    """What raises `TimeoutError` once `time.monotonic()` is past `deadline`."""
+def until(timeout: float | None) -> Callable[[], None]:
+    """What raises `TimeoutError` once so many seconds are over. Raises `InputError` for what is no number of them."""
+    if timeout is not None and not (isinstance(timeout, int | float) and timeout >= 0):
+        raise InputError(f"timeout: {timeout!r} is not a number of seconds")
+    deadline = None if timeout is None else time.monotonic() + timeout
 
     def look_at_the_clock() -> None:
         if deadline is not None and time.monotonic() > deadline:
@@ -92,6 +96,15 @@ def chunks(items: Iterator[Item], characters: Callable[[Item], int]) -> Iterator
             chunk, total = [], 0
     if chunk:
         yield chunk
+
+
+def require_numbers(values: npt.NDArray[Any]) -> None:
+    """Raise `UserError` unless all that the model said are finite numbers."""
+    if not np.isfinite(values).all():
+        raise UserError(
+            "the model's logits are not numbers: its weights are damaged, or they overflow in float16; use bfloat16 or "
+            "float32"
+        )
 
 
 def require_whole_number(name: str, value: Any, most: int | None = None) -> None:

@@ -1,7 +1,6 @@
 """Entities in texts, found by a trained model."""
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypedDict
 
 import numpy as np
@@ -9,9 +8,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qa_dist.errors import InputError, UserError
+from qa_dist.errors import InputError
 from qa_dist.inference.loading import TrainedModel, load_trained
-from qa_dist.inference.reader import Reader, chunks, until
+from qa_dist.inference.reader import Reader, chunks, require_numbers, until
 from qa_dist.tasks.ragged import ranges
 from qa_dist.tasks.reading import is_unicode
 from qa_dist.tasks.task import Batch
@@ -78,12 +77,14 @@ class TokenClassifier:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         trust_remote_code: bool = False,
+        labels: Sequence[str] = (),
         **settings: Any,
     ) -> Self:
         """Load a model: a directory, a run directory, or a repository on the Hugging Face Hub.
 
-        `device` is by default the accelerator, if there is one, and `dtype` float32. `settings` are those of the
-        constructor. Raises `UserError` for what is no model for token classification, or cannot be loaded.
+        `device` is by default the accelerator, if there is one, and `dtype` float32. `labels` are needed where the
+        model has no names for its own, in the order of its head. `settings` are those of the constructor. Raises
+        `UserError` for what is no model for token classification, or cannot be loaded.
         """
         trained = load_trained(
             name,
@@ -93,6 +94,7 @@ class TokenClassifier:
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             defaults=DEFAULTS,
+            given={"data.labels": tuple(labels)} if labels else {},
         )
         return cls(trained, **settings)
 
@@ -100,25 +102,24 @@ class TokenClassifier:
         """The entities of one text (a list of `Entity`), of several (a list of texts, or of lists of words: a list of
         such lists), or of a stream of them (any other iterable: an iterator, in the same order).
 
-        Raises `InputError` (a `ValueError`) for an empty text, and `TimeoutError` if all this takes more than `timeout`
-        seconds.
+        Raises `InputError` (a `ValueError`) for an empty text, naming which, and `TimeoutError` if all this takes more
+        than `timeout` seconds, as is seen before each batch of windows.
         """
-        meanwhile = until(None if timeout is None else time.monotonic() + timeout)
+        meanwhile = until(timeout)
         if isinstance(text, str):
+            if problem := text_problem(text):
+                raise InputError(problem)
             return self._entities([text], meanwhile)[0]
-        if not isinstance(text, Iterable):
+        if not isinstance(text, Iterable) or isinstance(text, Mapping | bytes | bytearray):
             raise InputError(f"text: is neither a text nor several of them, but {type(text).__name__}")
         found = self._stream(iter(text), meanwhile)
         return list(found) if isinstance(text, Sequence) else found
 
     def _stream(self, texts: Iterator[Text], meanwhile: Callable[[], None]) -> Iterator[list[Entity]]:
-        for chunk in chunks(texts, lambda text: len(str(text))):
+        for chunk in chunks(_checked(texts), lambda text: len(str(text))):
             yield from self._entities(chunk, meanwhile)
 
     def _entities(self, texts: list[Text], meanwhile: Callable[[], None]) -> list[list[Entity]]:
-        for i, text in enumerate(texts):
-            if problem := text_problem(text):
-                raise InputError(f"text {i + 1}: {problem}" if len(texts) > 1 else problem)
         spans = [words_of(text) if isinstance(text, str) else None for text in texts]
         words = [
             tuple(text) if own is None else tuple(str(text[start:end]) for start, end in own)
@@ -146,12 +147,15 @@ class TokenClassifier:
             places = ranges(offsets[indices], windows.lengths[indices])
             is_token = np.arange(part["label"].shape[1]) < windows.lengths[indices][:, None]
             label[places], score[places] = part["label"][is_token], part["score"][is_token]
-        if not np.isfinite(score).all():
-            raise UserError(
-                "the model's logits are not numbers: its weights are damaged, or they overflow in float16; use "
-                "bfloat16 or float32"
-            )
+        require_numbers(score)
         return {"label": label, "score": score}
+
+
+def _checked(texts: Iterable[Any]) -> Iterator[Text]:
+    for i, text in enumerate(texts):
+        if problem := text_problem(text):
+            raise InputError(f"text {i + 1:,}: {problem}")
+        yield text
 
 
 def text_problem(text: Any) -> str | None:
@@ -160,10 +164,15 @@ def text_problem(text: Any) -> str | None:
         if not text.strip():
             return "the text is empty" if not text else "the text holds nothing but blanks"
         return None if is_unicode(text) else "the text holds half of a surrogate pair, which is no character"
-    if not isinstance(text, Sequence) or not all(isinstance(word, str) for word in text):
+    if not isinstance(text, Sequence) or isinstance(text, bytes | bytearray):
         return f"is neither a text nor a list of words, but {type(text).__name__}"
-    if not text or not all(word.strip() for word in text):
-        return "there are no words" if not text else "a word is empty or blank"
+    if not text:
+        return "there are no words"
+    for i, word in enumerate(text):
+        if not isinstance(word, str):
+            return f"word {i + 1:,} is not a text, but {type(word).__name__}"
+        if not word.strip():
+            return f"word {i + 1:,} is empty or blank"
     return None if is_unicode("".join(text)) else "a word holds half of a surrogate pair, which is no character"
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet
 
@@ -147,13 +148,24 @@ def table_records(path: Path, text: str) -> Iterator[Record]:
         raise UserError(f"{path}:{reader.line_num}: is not a valid table: {error}") from None
 
 
-def parquet_records(path: Path, data: bytes) -> Iterator[Record]:
+def parquet_records(path: Path, data: bytes, named: str = "") -> Iterator[Record]:
+    """The rows; in the column `named` lists of numbers become lists of the names that `datasets` has put beside them
+    into the file, if it has."""
     try:
-        rows = pyarrow.parquet.read_table(pa.BufferReader(data)).to_pylist()
+        table = pyarrow.parquet.read_table(pa.BufferReader(data))
+        rows = table.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: the Parquet file cannot be read: {str(error).splitlines()[0]}") from None
+    names = names_of(datasets.Features.from_arrow_schema(table.schema).get(named)) if named else ()
     for i, values in enumerate(rows):
+        if names and isinstance(values[named], list):
+            values[named] = [names[n] if isinstance(n, int) and 0 <= n < len(names) else n for n in values[named]]
         yield Record(values, f"{path}, row {i + 1}")
+
+
+def names_of(feature: Any) -> tuple[str, ...]:
+    """Of the numbers in a column of lists, where `datasets` knows any."""
+    return tuple(getattr(getattr(feature, "feature", None), "names", ()))
 
 
 # ---------------------------------------------------------------------------------------------------- ids

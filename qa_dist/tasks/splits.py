@@ -70,6 +70,11 @@ class ExampleSplit(ABC, Generic[Item]):
         """The examples that `records` are. Raises one `UserError` with all that is wrong; `name` is for it."""
 
     @property
+    def description(self) -> str:
+        """How people call it."""
+        return {"train": "the training examples", "validation": "the validation examples"}.get(self.name, "the data")
+
+    @property
     def exists(self) -> bool:
         """Whether the config names such data."""
         config = self.config
@@ -124,10 +129,7 @@ class ExampleSplit(ABC, Generic[Item]):
                 texts = [self.text_of(record) for record in records]
                 held_out = held_out_texts(texts, config.validation_share)
                 records = [r for r, text in zip(records, texts, strict=True) if (text in held_out) != self.is_training]
-            what = {"train": "the training examples", "validation": "the validation examples"}.get(
-                self.name, "the data"
-            )
-            examples = self.check(records, what)
+            examples = self.check(records, self.description)
         if self._limit is not None:
             if self._limit > len(examples.items):
                 examples.notes.append(f"{self._limit:,} examples were asked for, there are {len(examples.items):,}")

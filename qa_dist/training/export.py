@@ -19,6 +19,7 @@ from qa_dist.config_sources import Source
 from qa_dist.errors import UserError, listing
 from qa_dist.tasks import task_class
 from qa_dist.tasks.task import Task
+from qa_dist.training.models import longest_window
 
 SETTINGS_FILE = "qa_dist.json"
 SCHEMA_VERSION = 1
@@ -58,6 +59,8 @@ def write_companions(
     values: Any = config.model_dump(mode="json")
     carried = {key: functools.reduce(lambda node, part: node[part], key.split("."), values) for key in CARRIED_SETTINGS}
     model_config.save_pretrained(directory)
+    if (longest := longest_window(model_config)) and task.tokenizer.model_max_length > longest:
+        task.tokenizer.model_max_length = longest  # by which transformers' pipelines cut texts; what is new has none
     task.tokenizer.save_pretrained(directory)
     content = {"schema_version": SCHEMA_VERSION, "settings": carried, "findings": findings, "step": step}
     (directory / SETTINGS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -125,7 +128,8 @@ def export_checkpoint(directory: Path, target: Path, dtype: str) -> None:
 def model_directory(name: str) -> str:
     """That of the trained model, where `name` is a run directory; else `name`."""
     path = Path(name)
-    return str(path / "model") if (path / "model/config.json").is_file() and not (path / "config.json").exists() else name
+    is_run = (path / "model/config.json").is_file() and not (path / "config.json").exists()
+    return str(path / "model") if is_run else name
 
 
 def exported_settings(model: str, *, with_findings: bool = False) -> Source:

@@ -1,7 +1,6 @@
 """Models: pretrained ones and new ones, checked against the tokenizer and the windows before anything runs."""
 
 import difflib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +65,13 @@ def build_model(config: RunConfig, task: Task, *, trained: bool = False) -> tupl
             f"model.name: {settings.name!r} has no weights for {listing(new)}: it has not been trained for "
             f"{task.name.replace('_', ' ')}. Train it first (qa-dist train --model.name {settings.name} …)"
         )
+    kinds = model_config.architectures or []
+    if not new and kinds and type(model).__name__ not in kinds:
+        raise UserError(
+            f"model.name: {settings.name!r} is a {listing(kinds)}, whose head would be taken for that of a model for "
+            f"{task.name.replace('_', ' ')}, as their weights have the same names and sizes; start from the model that "
+            "it was made of"
+        )
     notes = [f"new weights: {listing(new)}"] if new else []
     return model, notes + _try_out(model, task, config.data.max_length)
 
@@ -106,7 +112,7 @@ def pretrained_config(settings: ModelConfig) -> PretrainedConfig:
             raise UserError(f"model.name: {name}: holds no config.json, so it is not a model directory")
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except Exception as error:  # whatever a config that came from elsewhere makes transformers raise
         raise UserError(
             f"model.name: {name!r} cannot be loaded: {_first_line(error)}. It is neither a directory here nor "
             "reachable on the Hub; without a network, point model.name at a directory"

@@ -101,7 +101,12 @@ def test_batches_streams_and_threads_change_nothing(classifier: TokenClassifier,
         (" \n\t", "the text holds nothing but blanks"),
         ("half \ud800", "surrogate"),
         (7, "neither a text nor several of them, but int"),
-        ([["Ada", " "]], "a word is empty or blank"),
+        ([["Ada", " "]], "text 1: word 2 is empty or blank"),
+        ([["Ada", None]], "text 1: word 2 is not a text, but NoneType"),
+        ({"text": "Ada"}, "neither a text nor several of them, but dict"),
+        (b"Ada", "neither a text nor several of them, but bytes"),
+        ([b"Ada"], "text 1: is neither a text nor a list of words, but bytes"),
+        (["Ada"] * 1030 + [""], "text 1,031: the text is empty"),
         ([[]], "there are no words"),
         (["good", 5], "text 2: is neither a text nor a list of words, but int"),
     ],
@@ -109,6 +114,20 @@ def test_batches_streams_and_threads_change_nothing(classifier: TokenClassifier,
 def test_what_cannot_be_read(classifier: TokenClassifier, text: Any, message: str):
     with pytest.raises(InputError, match=message):
         classifier(text)
+
+
+def test_what_comes_before_a_bad_text_is_read(classifier: TokenClassifier):
+    texts = [" ".join(example.words) for example in EXAMPLES[:2]]
+    stream = classifier(iter([*texts, ""]))
+    assert [next(stream), next(stream)] == classifier(texts)
+    with pytest.raises(InputError, match="text 3: the text is empty"):
+        next(stream)
+
+
+@pytest.mark.parametrize("timeout", ["1", -1, float("nan")])
+def test_a_time_limit_is_a_number_of_seconds(classifier: TokenClassifier, timeout: Any):
+    with pytest.raises(InputError, match=r"timeout: .* is not a number of seconds"):
+        classifier("Ada", timeout=timeout)
 
 
 def test_models_that_cannot_be_used(run: Path, tmp_path: Path):

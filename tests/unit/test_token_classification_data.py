@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,9 @@ def load(path: Path, content: str | bytes, name: str = "train", **settings: Any)
         ("d.conll", "-DOCSTART- -X-\n\n" + COLUMNS.replace("\n\n", "\n \t\n\n\n")),
         ("d.conll", "\ufeff" + COLUMNS.rstrip("\n")),
         ("d.conll", COLUMNS.replace(" ", " NNP I-NP ")),
-        ("d.conll", "# id 1 domain=en\n# x\n" + COLUMNS.replace("\n\n", "\n\n# id 2\n")),
-        ("d.conll", "# id 1\n" + COLUMNS.replace(" ", "\t").replace("\n\n", "\n\n# sent_id = 2\n")),
+        ("d.conll", COLUMNS.replace("\n", "\r")),
+        ("d.conll", COLUMNS.replace("No O", "-DOCSTART- O\n\nNo O")),
+        ("d.data", json.dumps(ROWS, indent=2)),
         ("d.conll.gz", gzip.compress(COLUMNS.encode())),
         ("d.json", json.dumps(ROWS)),
         ("d.json", json.dumps({"data": ROWS})),
@@ -74,6 +76,21 @@ def test_where_words_stand(tmp_path: Path):
     assert load(tmp_path / "d.jsonl", lines(ROWS)).items[1].where(0) == f"{tmp_path}/d.jsonl, line 2, token 1"
 
 
+@pytest.mark.parametrize("split", ["validation", "unlabelled"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "# id 1 domain=en\n# x\n" + COLUMNS.replace("\n\n", "\n\n# id 2\n"),
+        "# id 1\n# newdoc\n" + COLUMNS.replace(" ", "\t").replace("\n\n", "\n\n# sent_id = 2\n"),
+    ],
+)
+def test_comments_are_counted(tmp_path: Path, content: str, split: str):
+    found = load(tmp_path / "d.conll", content, split)
+    assert [e.words for e in found.items] == [tuple(r["tokens"]) for r in ROWS]
+    path = f"{tmp_path}/d.conll"
+    assert found.notes == [f"3 lines that begin with # are taken for comments ({path}:1, {path}:2, {path}:9)"]
+
+
 def test_the_word_that_comments_begin_with(tmp_path: Path):
     (found,) = load(tmp_path / "d.conll", "# O\nAda B-PER\n# I-PER\n").items
     assert (found.words, found.labels) == (("#", "Ada", "#"), ("O", "B-PER", "I-PER"))
@@ -89,6 +106,11 @@ def test_columns_by_name_and_by_number(tmp_path: Path):
     found = load(tmp_path / "d.jsonl", lines(renamed), columns={"tokens": "words", "ner_tags": "labels"})
     assert [e.id for e in found.items] == ["0", "1"]
     assert found.notes == ["no example has an id: numbered 0 to 1"]
+    for name in ("d.tsv", "d.jsonl"):
+        with pytest.raises(UserError, match=r"data.columns: word: there are no such fields \(.*id, tokens, ner_tags"):
+            load(tmp_path / name, (tmp_path / name).read_bytes(), columns={"word": "2"})
+    with pytest.raises(UserError, match=r"sentences in columns .* have no ids; leave it out"):
+        load(tmp_path / "d.tsv", content, columns={"id": "1"})
     for columns, message in (
         ({"tokens": "5"}, "data.columns: tokens: '5' is no column of"),
         ({"ner_tags": "ner"}, "data.columns: ner_tags: 'ner' is no column of"),
@@ -119,6 +141,9 @@ def test_what_is_predicted_needs_no_tags(tmp_path: Path):
         ("bad.conll", "a O\n\nb\n", "bad.conll:3 has 1"),
         ("bad.conll", "a b\tO\nc O\n", "(divided by tabs), have 1 of its lines: "),
         ("bad.conll", "a\nb\n", "bad.conll:1: has one column only"),
+        ("bad.jsonl", lines([row(ner_tags=["B-\ud800", *row()["ner_tags"][1:]])]), "neither O nor B- or I- and a type"),
+        ("bad.jsonl", lines([row(ner_tags=["B-PER ", *row()["ner_tags"][1:]])]), "neither O nor B- or I- and a type"),
+        ("bad.jsonl", lines([row(ner_tags=["B- ", *row()["ner_tags"][1:]])]), "neither O nor B- or I- and a type"),
         ("bad.conll", "a O\nb X-PER\n", "neither O nor B- or I- and a type (IOB2): 1 ('X-PER' at "),
         ("bad.conll", "a O\n\nb O\nc B-\n", "bad.conll:4"),
         ("bad.conll", "a O\nb S-PER\n", "bad.conll:2"),
@@ -191,6 +216,26 @@ def test_numbers_are_named_by_the_data_set(tmp_path: Path):
     source = Split(DataConfig(dataset=str(tmp_path / "set")), "validation")
     assert [e.labels for e in source.loaded.items] == [tuple(r["ner_tags"]) for r in ROWS]
     assert found_labels(source, tmp_path / "cache") == tuple(NAMES)
+    data.to_parquet(tmp_path / "d.parquet")  # a file that has the names in it
+    assert load(tmp_path / "d.parquet", (tmp_path / "d.parquet").read_bytes()).items == [
+        replace(e, place=f"{tmp_path}/d.parquet, row {i + 1}") for i, e in enumerate(source.loaded.items)
+    ]
+
+
+def test_names_of_a_data_set_that_are_no_labels_are_none_of_the_heads(tmp_path: Path):
+    features = datasets.Features(
+        {"tokens": datasets.List(datasets.Value("string")), "ner_tags": datasets.List(datasets.Value("int64"))}
+    )
+    data = datasets.Dataset.from_list([{"tokens": ["Ada", "x"], "ner_tags": [1, 2]}], features=features)
+    data = data.cast_column("ner_tags", datasets.List(datasets.ClassLabel(names=["[PAD]", "B-PER", "O"])))
+    data.save_to_disk(tmp_path / "set")
+    source = Split(DataConfig(dataset=str(tmp_path / "set")), "train")
+    assert found_labels(source, None) == ("B-PER", "O")
+    assert source.loaded.items[0].labels == ("B-PER", "O")
+    wrong = data.cast_column("ner_tags", datasets.List(datasets.ClassLabel(names=["O", "[PAD]", "B-PER"])))
+    wrong.save_to_disk(tmp_path / "wrong")
+    with pytest.raises(UserError, match=r"neither O nor B- or I- and a type .*'\[PAD\]' at "):
+        Split(DataConfig(dataset=str(tmp_path / "wrong")), "train").loaded  # noqa: B018
 
 
 @pytest.mark.parametrize(

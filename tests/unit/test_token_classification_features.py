@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
 from transformers import AutoConfig, AutoModelForTokenClassification, PreTrainedTokenizerBase
 
 from qa_dist.config import SyntheticConfig
@@ -109,8 +110,18 @@ def test_each_word_with_tokens_is_labelled_in_some_window(name: str):
     assert features.notes == ([note] if lost else [])
 
 
-def test_byte_level_words_are_encoded_as_in_a_text():
-    tokenizer = FAMILIES["roberta"](TEXTS)
+def llama_like(texts: list[str]) -> PreTrainedTokenizerBase:
+    """Whose words are cut by a pattern before they become bytes."""
+    tokenizer: Any = FAMILIES["roberta"](texts)
+    cut = pre_tokenizers.Split(Regex(r" ?\p{L}+| ?[^\s\p{L}]+|\s+"), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, to_bytes])
+    return tokenizer
+
+
+@pytest.mark.parametrize("build", [FAMILIES["roberta"], llama_like])
+def test_byte_level_words_are_encoded_as_in_a_text(build: Any):
+    tokenizer = build(TEXTS)
     before = tokenizer(" Ada lives", add_special_tokens=False)["input_ids"]
     words_apart(tokenizer)
     assert tokenizer(["Ada", "lives"], is_split_into_words=True, add_special_tokens=False)["input_ids"] == before

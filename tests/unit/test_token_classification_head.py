@@ -1,5 +1,6 @@
 """The labels of a model's head and those of the data: the same, or told apart before anything runs."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def test_labels_of_the_validation_data_that_are_not_known_are_named(tmp_path: Pa
     with pytest.raises(UserError) as error:
         TokenClassification(config).features("validation")
     dev = tmp_path / "dev.conll"
-    assert "validation: the examples have labels that are not among" in str(error.value)
+    assert "the validation examples: there are labels that are not among" in str(error.value)
     assert f"'B-X' ({dev}:3, {dev}:6); 'I-X' ({dev}:4)" in str(error.value)
     fewer = run_config(tmp_path, None, validation="Ada B-PER\n")  # labels that only the training data have are fine
     assert TokenClassification(fewer).features("validation") is not None
@@ -155,6 +156,52 @@ def test_a_head_of_another_task_that_has_the_same_name_is_refused_with_both_size
     assert "classifier.bias is (3,), and has to be (5,), classifier.weight is (3, 32), and has to be" in str(
         error.value
     )
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_head_of_another_task_that_has_the_same_name_and_size_is_refused(tmp_path: Path, trained: bool):
+    path = model_dir(tmp_path / "model", AutoModelForSequenceClassification, labels=5)
+    with pytest.raises(UserError, match="is a BertForSequenceClassification, whose head would be taken for that of"):
+        built(run_config(tmp_path, path, labels=tuple(LABELS)), trained=trained)
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """A model's config.json."""
+    content = json.loads((path / "config.json").read_text()) | changes
+    (path / "config.json").write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+
+def without_training(config: RunConfig) -> RunConfig:
+    return config.model_copy(update={"data": config.data.model_copy(update={"train_file": ()})})
+
+
+def test_names_of_labels_count_where_the_architecture_is_not_told(tmp_path: Path):
+    order = ["I-PER", "O", "B-PER", "B-LOC", "I-LOC"]
+    path = model_dir(tmp_path / "model", labels=order)
+    edit(path, architectures=None)
+    config = without_training(run_config(tmp_path, path))
+    _, features = built(config, trained=True)
+    labels = features.collate(torch.arange(1).numpy()).targets["label"][0].tolist()
+    assert [order[i] for i in labels if i >= 0] == ["B-PER", "O", "O", "B-LOC", "I-LOC"]
+    edit(path, id2label=None, label2id=None)
+    with pytest.raises(UserError, match=r"has lost the names of its labels \(id2label in config.json\)"):
+        built(config, trained=True)
+    edit(path, id2label=["O", "B-PER"])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        built(config, trained=True)
+
+
+def test_labels_of_a_name_twice_are_refused(tmp_path: Path):
+    path = model_dir(tmp_path / "model", labels=["O", "B-PER", "B-PER"])
+    with pytest.raises(UserError, match=r"more than one label of a name \(B-PER\)"):
+        built(without_training(run_config(tmp_path, path)), trained=True)
+
+
+def test_data_without_an_entity_are_not_trained_on(tmp_path: Path):
+    config = run_config(tmp_path, None, columns={"ner_tags": "2"})
+    (tmp_path / "train.conll").write_text("Ada O B-PER\nlives O O\n")
+    with pytest.raises(UserError, match="the training examples hold no entity: all tags are O"):
+        built(config)
 
 
 def test_a_base_model_is_not_evaluated(tmp_path: Path):

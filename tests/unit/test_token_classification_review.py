@@ -49,7 +49,7 @@ def test_sentences():
     }
     assert set(result.outcomes) == {"type", "borders", "missed", "invented"}
     assert [name for name, one in by_id.items() if one.is_right] == ["right", "nothing"]
-    assert {name: one.figures["sentence_f1"] for name, one in by_id.items()} == pytest.approx(
+    assert {name: one.figures["f1_of_sentence"] for name, one in by_id.items()} == pytest.approx(
         {"right": 100, "nothing": 100, "type": 0, "borders": 0, "missed": 200 / 3, "invented": 0}
     )
     right = by_id["right"]

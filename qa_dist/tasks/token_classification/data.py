@@ -43,6 +43,8 @@ def check_records(
     ids = ids_of(records, wrong, notes)
     if records and all("line" in record.values for record in records):
         notes.clear()  # that sentences in columns have no ids is no remark worth making
+    if comments := [place for record in records for place in record.values.get("comments", ())]:
+        notes.append(f"{len(comments):,} lines that begin with # are taken for comments ({listing(comments, limit=3)})")
     examples = [_example(record, id, labelled, names, wrong) for record, id in zip(records, ids, strict=True)]
     require_different(ids, records, wrong)
     require_none_wrong(name, wrong)
@@ -93,7 +95,7 @@ def _label(tag: Any, names: Sequence[str], where: str, wrong: dict[str, list[str
             wrong[f"a tag is a number that none of the {len(names)} labels has"].append(f"{tag} at {where}")
             return ""
         tag = names[tag]
-    if not isinstance(tag, str) or not is_label(tag):
+    if not isinstance(tag, str) or not is_label(tag) or not is_unicode(tag):
         wrong["a tag is neither O nor B- or I- and a type (IOB2)"].append(f"{tag!r} at {where}")
         return ""
     return tag

@@ -56,11 +56,17 @@ def words_apart(tokenizer: PreTrainedTokenizerBase) -> None:
     the token there (as transformers asks for with `add_prefix_space`)."""
     plain: Any = tokenizer
     state = json.loads(plain.backend_tokenizer.to_str())
-    if (state["pre_tokenizer"] or {}).get("type") != "ByteLevel" or state["pre_tokenizer"]["add_prefix_space"]:
+    first = state["pre_tokenizer"] or {}
+    steps = first.get("pretokenizers", [first])
+    if not any(step.get("type") == "ByteLevel" and not step["add_prefix_space"] for step in steps):
         return
-    for part in ("pre_tokenizer", "post_processor"):
-        if "add_prefix_space" in (state[part] or {}):
-            state[part]["add_prefix_space"] = True
+    if len(steps) > 1:  # a step before has cut the word, so that each of its parts would get a space
+        own = [state["normalizer"]] if state["normalizer"] else []
+        state["normalizer"] = {"type": "Sequence", "normalizers": [*own, {"type": "Prepend", "prepend": " "}]}
+    else:
+        steps[0]["add_prefix_space"] = True
+        if "add_prefix_space" in (state["post_processor"] or {}):
+            state["post_processor"]["add_prefix_space"] = True
     plain._tokenizer = Tokenizer.from_str(json.dumps(state))
     plain.add_prefix_space = True
 
@@ -93,6 +99,11 @@ def build_features(
     """
     template = TextTemplate.of(tokenizer)
     room = max_length - template.num_special
+    if room < 1:
+        raise UserError(
+            f"data.max_length: {max_length} leaves no room beside the {template.num_special} special tokens of a "
+            "window; raise it"
+        )
     if room <= stride:
         raise UserError(
             f"data.stride: {stride} tokens that neighbouring windows share leave no room for others in windows of "
@@ -162,7 +173,7 @@ def _label_ids(examples: Sequence[Example], labels: Sequence[str]) -> npt.NDArra
     if strangers:
         found = "; ".join(f"{label!r} ({listing(where, limit=2)})" for label, where in sorted(strangers.items()))
         raise UserError(
-            f"the examples have labels that are not among those to be told apart: {found}. Those are "
+            f"there are labels that are not among those to be told apart: {found}. Those are "
             f"{listing(labels, limit=30)}: of the trained model, of data.labels, or of the training examples. Mend the "
             "tags or, to train, name all labels with data.labels"
         )

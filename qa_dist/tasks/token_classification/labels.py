@@ -31,20 +31,30 @@ def given_labels(config: DataConfig) -> tuple[str, ...]:
 
 
 def found_labels(source: Split, cache_dir: Path | None) -> tuple[str, ...]:
-    """Those of `source`: named by its data set, or found in the examples, and then kept in the cache."""
-    if source.names:
-        return source.names
+    """Those of `source`: named by its data set, or found in the examples, and then kept in the cache. Names that are
+    no labels, such as that of padding, are not among them; if a word has one, reading the examples tells.
+
+    Raises `UserError` where there is but `O`.
+    """
+    if named := [name for name in source.names if is_label(name)]:
+        return tuple(dict.fromkeys(named if OUTSIDE in named else [OUTSIDE, *named]))
     key = fingerprint("labels", source.fingerprint, Path(inspect.getfile(scheme)))
 
     def build() -> pa.Table:
         return pa.table({"label": in_order(label for example in source.loaded.items for label in example.labels)})
 
-    return tuple(cached_table(cache_dir, key, build).column("label").to_pylist())
+    found = tuple(cached_table(cache_dir, key, build).column("label").to_pylist())
+    if found == (OUTSIDE,):
+        raise UserError(
+            "the training examples hold no entity: all tags are O. If they stand in another column, say in which with "
+            "data.columns"
+        )
+    return found
 
 
 def is_trained(model_config: PretrainedConfig) -> bool:
     """Whether the model has a head for this task already."""
-    return any(str(name).endswith("ForTokenClassification") for name in model_config.architectures or ())
+    return any("ForTokenClassification" in str(name) for name in model_config.architectures or ())
 
 
 def labels_of(model_config: PretrainedConfig) -> tuple[str, ...]:
@@ -53,38 +63,46 @@ def labels_of(model_config: PretrainedConfig) -> tuple[str, ...]:
     return tuple(str(names[i]) for i in sorted(names))
 
 
-def head_labels(model: ModelConfig, given: Sequence[str], count: Callable[[], int | None]) -> tuple[str, ...] | None:
+def head_labels(
+    model: ModelConfig, given: Sequence[str], count: Callable[[], int | None], *, expected: bool
+) -> tuple[str, ...] | None:
     """The labels of the head that `model` has; None where it has none yet, or cannot be read.
 
     A head may have names that say nothing (LABEL_0, LABEL_1, …): then `given` ones, as many, are its names. `count` is
-    that of the labels of the training examples, for the message. Raises `UserError` where `given` ones are others than
-    the head's.
+    that of the labels of the training examples, for the message. `expected`: the model is not to be trained, so that
+    names tell of a head even where the config's architecture does not. Raises `UserError` for labels that this task
+    does not know, and where `given` ones are others than the head's.
     """
     if model.name is None:
         return None
     try:
         model_config = AutoConfig.from_pretrained(model.name, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, KeyError):
+    except Exception:  # whatever a config that came from elsewhere makes transformers raise
         return None  # loading the model will tell what is wrong
-    if not is_trained(model_config):
-        return None
     own = labels_of(model_config)
-    if list(own) == [f"LABEL_{i}" for i in range(len(own))]:
+    is_nameless = list(own) == [f"LABEL_{i}" for i in range(len(own))]
+    if not is_trained(model_config) and (is_nameless or not expected):
+        return None
+    if is_nameless:
         if not given:
             others = count()
             raise UserError(
                 f"model.name: {model.name!r} has a head for {len(own)} labels"
                 + (f", the training examples have {others}" if others not in (None, len(own)) else "")
-                + f"; and no names for them ({listing(own, 3)}): name them with data.labels, in the order of the head"
+                + f"; and no names for them ({listing(own, 3)}): name them, in the order of the head, with data.labels"
+                + (" (labels, if it is asked)" if expected else "")
             )
         if len(given) == len(own):
             return tuple(given)
+    if double := sorted({label for label in own if own.count(label) > 1}):
+        raise UserError(f"model.name: {model.name!r} has more than one label of a name ({listing(double)})")
     if given:
         require_same_labels(model.name, own, given, "data.labels has")
     if strange := [label for label in own if not is_label(label)]:
         raise UserError(
             f"model.name: {model.name!r} tells labels apart that are no entities in IOB2 ({listing(strange)}), which "
-            "has O, B-TYPE and I-TYPE. Start from the model that it was made of"
+            "has O, B-TYPE and I-TYPE, so it cannot be used here"
+            + ("" if expected else ". Start from the model that it was made of")
         )
     return own
 

@@ -1,5 +1,6 @@
 """Reading labelled words from files and data sets: columns as in the CoNLL shared tasks, JSON, JSON lines, Parquet."""
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,20 +15,24 @@ DOCUMENT_START = "-DOCSTART-"
 """The word of lines that separate documents."""
 
 
+FIELDS = ("id", "tokens", "ner_tags")
+
+
 def read_file(path: Path, columns: Mapping[str, str], labelled: bool = True) -> list[Record]:
     """Read columns (a word a line, a blank line between sentences), a JSON list, JSON lines or Parquet; each may be
     compressed with gzip.
 
-    `columns` maps our field names, tokens and ner_tags, to those of the file or to the numbers of its columns, counted
-    from 1, where they are others than the first and the last. If not `labelled`, tags are neither needed nor looked at.
-    Raises `UserError` for a file that is missing, empty, damaged, or in none of these forms.
+    `columns` maps our field names, `FIELDS`, to those of the file; in columns tokens and ner_tags to their numbers,
+    counted from 1, where they are others than the first and the last. If not `labelled`, tags are neither needed nor
+    looked at. Raises `UserError` for a file that is missing, empty, damaged, or in none of these forms.
     """
     data = content(path)
     if data[:4] == b"PAR1":
-        return with_our_names(list(parquet_records(path, data)), columns, str(path), labelled)
+        records = list(parquet_records(path, data, columns.get("ner_tags", "ner_tags")))
+        return with_our_names(records, columns, str(path), labelled)
     text = decoded(path, data)
     kind = suffix(path)
-    if kind in (".json", ".jsonl", ".ndjson") or _is_object(text.lstrip().split("\n", 1)[0]):
+    if kind in (".json", ".jsonl", ".ndjson") or _is_json(text.strip()):
         return with_our_names(json_records(path, text, FORMS), columns, str(path), labelled)
     if kind == ".csv":
         raise UserError(
@@ -37,21 +42,21 @@ def read_file(path: Path, columns: Mapping[str, str], labelled: bool = True) -> 
     return _columns(path, text, columns, labelled)
 
 
-def _is_object(line: str) -> bool:
-    try:
-        return line.startswith("{") and isinstance(json.loads(line), dict) and line.strip() != "{}"
-    except (ValueError, RecursionError):
-        return False
-
-
-def _is_apart(line: str) -> bool:
-    """Whether it stands between sentences."""
-    return not line.strip() or line.startswith(DOCUMENT_START)
+def _is_json(text: str) -> bool:
+    """Whether it is a list or an object of JSON, or begins with a line that is an object."""
+    for part in (text.split("\n", 1)[0], text) if text[:1] in ("{", "[") else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            return isinstance(json.loads(part), dict | list)
+    return False
 
 
 def _columns(path: Path, text: str, columns: Mapping[str, str], labelled: bool) -> list[Record]:
-    """Sentences of a file in columns; `line` of each is where its first word stands."""
-    lines = [line.rstrip("\r") for line in text.split("\n")]
+    """Sentences of a file in columns; `line` of each is where its first word stands, `comments` which lines before it
+    were taken for comments."""
+    _require_known(columns, str(path))
+    if "id" in columns:
+        raise UserError(f"data.columns: id: sentences in columns ({path}) have no ids; leave it out")
+    lines = re.split(r"\r\n|\n|\r", text)
     first = next((i for i, line in enumerate(lines) if not _is_apart(line) and not line.startswith("# ")), None)
     if first is None:
         raise UserError(f"{path}: holds no words")
@@ -64,17 +69,19 @@ def _columns(path: Path, text: str, columns: Mapping[str, str], labelled: bool) 
     if labelled and width == 1:
         raise UserError(f"{path}:{first + 1}: has one column only; the word's tag has to stand in the last one")
     word = _column(path, columns, "tokens", 1, width)
-    tag = _column(path, columns, "ner_tags", width, width) if labelled else None
+    tag = _column(path, columns, "ner_tags", width, width)
     sentences: list[list[tuple[int, list[str]]]] = [[]]
+    comments: dict[int, list[int]] = {}
     wrong: list[str] = []
     for number, line in enumerate(lines, start=1):
-        if _is_apart(line):
+        cells = cells_of(line)
+        if _is_apart(line) or cells[word : word + 1] == [DOCUMENT_START]:
             sentences.append([])
             continue
-        cells = cells_of(line)
         fits = len(cells) == width
-        if not sentences[-1] and line.startswith("# ") and not (fits and (tag is None or is_label(cells[tag]))):
-            continue  # a comment, such as the sentence's id; a word # has its tag
+        if not sentences[-1] and line.startswith("# ") and not (fits and is_label(cells[tag])):
+            comments.setdefault(len(sentences), []).append(number)  # such as the sentence's id; a word # has its tag
+            continue
         if not fits:
             wrong.append(f"{path}:{number} has {len(cells)}")
         sentences[-1].append((number, cells))
@@ -84,18 +91,43 @@ def _columns(path: Path, text: str, columns: Mapping[str, str], labelled: bool) 
             f"{path}: another number of columns than line {first + 1}, which has {width} (divided by {by}), have "
             f"{len(wrong):,} of its lines: {listing(wrong)}"
         )
+    if not labelled and width > 1 and "tokens" not in columns:
+        _require_tags([cells[tag] for sentence in sentences for _, cells in sentence], path, width)
     return [
         Record(
             {
                 "tokens": [cells[word] for _, cells in sentence],
                 "line": sentence[0][0],
-                **({} if tag is None else {"ner_tags": [cells[tag] for _, cells in sentence]}),
+                "comments": [f"{path}:{number}" for number in comments.get(place, ())],
+                **({"ner_tags": [cells[tag] for _, cells in sentence]} if labelled else {}),
             },
             f"{path}:{sentence[0][0]}",
         )
-        for sentence in sentences
+        for place, sentence in enumerate(sentences, start=1)
         if sentence
     ]
+
+
+def _is_apart(line: str) -> bool:
+    """Whether it stands between sentences."""
+    return not line.strip() or line.startswith(DOCUMENT_START)
+
+
+def _require_tags(tags: Sequence[str], path: Path, width: int) -> None:
+    """Raise `UserError` for a file that may be running text rather than columns."""
+    if not any(is_label(tag) for tag in tags):
+        raise UserError(
+            f"{path}: its lines have {width} columns, and no tags (IOB2) in the last one. If these are columns, say "
+            "where the words stand (--data.columns '{tokens: 1}'); running text is for qa-dist tag"
+        )
+
+
+def _require_known(columns: Mapping[str, str], name: str) -> None:
+    """Raise `UserError` for fields that there are not."""
+    if strange := [ours for ours in columns if ours not in FIELDS]:
+        raise UserError(
+            f"data.columns: {listing(strange)}: there are no such fields ({name}); there are {listing(FIELDS)}"
+        )
 
 
 def _column(path: Path, columns: Mapping[str, str], name: str, default: int, width: int) -> int:
@@ -113,6 +145,7 @@ def with_our_names(
     records: Sequence[Record], columns: Mapping[str, str], name: str, labelled: bool = True
 ) -> list[Record]:
     """The records with `columns` renamed. Raises `UserError` for columns that no record has."""
+    _require_known(columns, name)
     if not records:
         raise UserError(f"{name}: holds no examples")
     fields = ["tokens", *(["ner_tags"] if labelled else [])]

@@ -13,7 +13,8 @@ from qa_dist.tasks.token_classification.metric import score_entities
 from qa_dist.tasks.token_classification.scheme import Entity, entities_of
 
 PREDICTIONS = "predictions.json"
-FIGURES = {"sentence_accuracy": "all right", "sentence_f1": "F1 of the sentence"}
+# no type of entities gives rise to metrics of these names
+FIGURES = {"sentence_accuracy": "all right", "f1_of_sentence": "F1 of the sentence"}
 OUTCOMES = {
     "missed": "an entity missed",
     "invented": "an entity where none is",
@@ -100,7 +101,7 @@ def _reviewed(example: Example, expected: list[Entity], found: list[Entity], win
         expected=(_text(example, expected),) if expected else (),
         predicted=_text(example, found),
         is_right=own == wanted,
-        figures={"sentence_accuracy": 100.0 * (own == wanted), "sentence_f1": f1},
+        figures={"sentence_accuracy": 100.0 * (own == wanted), "f1_of_sentence": f1},
         groups={
             "entities": NUMBERS[min(len(expected), 4)],
             "words": next(name for name, bound in WORDS.items() if len(example.words) <= bound),

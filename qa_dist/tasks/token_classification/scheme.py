@@ -20,8 +20,8 @@ class Entity(NamedTuple):
 
 
 def is_label(text: str) -> bool:
-    """Whether it is `O`, or `B-` or `I-` and a type."""
-    return text == OUTSIDE or (text[:2] in ("B-", "I-") and len(text) > 2)
+    """Whether it is `O`, or `B-` or `I-` and a type, which neither begins nor ends with a blank."""
+    return text == OUTSIDE or (text[:2] in ("B-", "I-") and text[2:].strip() == text[2:] != "")
 
 
 def type_of(label: str) -> str:

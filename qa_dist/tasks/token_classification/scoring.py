@@ -11,7 +11,7 @@ from qa_dist.tasks.reading import content, decoded
 from qa_dist.tasks.token_classification import reading
 from qa_dist.tasks.token_classification.data import Example, check_records
 from qa_dist.tasks.token_classification.metric import score_labels
-from qa_dist.tasks.token_classification.scheme import OUTSIDE, Entity, entities_of, labels_for
+from qa_dist.tasks.token_classification.scheme import OUTSIDE, Entity, labels_for
 from qa_dist.tasks.token_classification.splits import Split
 
 
@@ -19,22 +19,21 @@ def score_file(config: RunConfig, predictions_file: Path) -> tuple[dict[str, flo
     """The figures for `predictions_file` on the validation examples, as `score_labels` calls them, and notes for the
     user.
 
-    The file is a predictions.json as evaluation writes it, or the same sentences again, in any form of the data, with
-    the predicted tags. Raises `UserError` for files that cannot be used.
+    The file is a predictions.json as evaluation writes it (then there is no accuracy), or the same sentences again, in
+    any form of the data, with the predicted tags. Raises `UserError` for files that cannot be used.
     """
     source = Split(config.data, "validation")
     examples = source.loaded
     expected = {example.id: example.labels for example in examples.items}
     notes = list(examples.notes)
-    if _is_mapping(predictions_file, config.data.columns.get("tokens", "tokens")):
+    has_labels = not _is_mapping(predictions_file, config.data.columns.get("tokens", "tokens"))
+    if not has_labels:
         found = read_mapping(predictions_file, "list")
         missing, strangers = unmatched(str(predictions_file), found, list(expected))
         known = [example for example in examples.items if example.id in found]
         predicted = {
             one.id: labels_for(_entities(one, found[one.id], predictions_file), len(one.words)) for one in known
         }
-        # entities have no labels that break the scheme; so that these cost no accuracy, those of the data lose theirs
-        expected = {id: labels_for(entities_of(labels), len(labels)) for id, labels in expected.items()}
     else:
         records = reading.read_file(predictions_file, config.data.columns)
         tagged = check_records(records, str(predictions_file), names=source.names)
@@ -48,14 +47,17 @@ def score_file(config: RunConfig, predictions_file: Path) -> tuple[dict[str, flo
     if strangers:
         notes.append(f"{len(strangers):,} predictions are for no sentence of these data ({listing(strangers)})")
     rows = [predicted.get(id, (OUTSIDE,) * len(labels)) for id, labels in expected.items()]
-    return score_labels(rows, list(expected.values())), notes
+    figures = score_labels(rows, list(expected.values()))
+    if not has_labels:
+        del figures["accuracy"]  # which is that of labels; those of an entity's words are not in the file
+    return figures, notes
 
 
 def _is_mapping(path: Path, tokens: str) -> bool:
     """Whether the file is a JSON object that is no example itself."""
     try:
         found = json.loads(decoded(path, content(path)))
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, UserError):
         return False
     return isinstance(found, dict) and tokens not in found and "data" not in found
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qa_dist.config import SyntheticConfig
-from qa_dist.tasks.reading import Record
+from qa_dist.tasks.reading import Record, names_of
 from qa_dist.tasks.splits import Examples, ExampleSplit
 from qa_dist.tasks.token_classification import data, reading, scheme, synthetic
 from qa_dist.tasks.token_classification.data import Example
@@ -26,8 +26,7 @@ class Split(ExampleSplit[Example]):
         config = self.config
         if config.dataset is None or config.synthetic is not None:
             return config.labels
-        column: Any = self.dataset.features.get(config.columns.get("ner_tags", "ner_tags"))
-        return tuple(getattr(getattr(column, "feature", None), "names", ())) or config.labels
+        return names_of(self.dataset.features.get(config.columns.get("ner_tags", "ner_tags"))) or config.labels
 
     def generate(self, config: SyntheticConfig, split: str) -> list[Example]:
         return synthetic.generate(config, split)

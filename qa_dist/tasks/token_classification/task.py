@@ -80,7 +80,10 @@ class TokenClassification(Task):
         """The labels of the model's head, where it has one already."""
         train, cache = self.sources["train"], self.config.data.cache_dir
         return head_labels(
-            self.config.model, self.given, lambda: len(found_labels(train, cache)) if train.exists else None
+            self.config.model,
+            self.given,
+            lambda: len(found_labels(train, cache)) if train.exists else None,
+            expected=not train.exists,
         )
 
     @cached_property
@@ -89,11 +92,16 @@ class TokenClassification(Task):
         training examples."""
         if self.head is not None:
             return self.head
-        train, validation = self.sources["train"], self.sources["validation"]
-        return self.given or found_labels(train if train.exists else validation, self.config.data.cache_dir)
+        train = self.sources["train"]
+        if self.given or train.exists:
+            return self.given or found_labels(train, self.config.data.cache_dir)
+        raise UserError(
+            f"model.name: {self.config.model.name!r} has not been trained for token classification, or has lost the "
+            "names of its labels (id2label in config.json); these can be given, in the order of its head (data.labels)"
+        )
 
     def fit_head(self, model_config: PretrainedConfig) -> None:
-        if self.head is None and not self.sources["train"].exists:
+        if self.head is None and not self.given and not self.sources["train"].exists:
             return  # so it is not to be trained, and that it has no head is told when it is loaded
         described = (self.config.model.config or {}).get("num_labels")
         if described is not None and described != len(self.labels):
@@ -109,7 +117,7 @@ class TokenClassification(Task):
 
     @classmethod
     def usage(cls, repo_id: str, config: RunConfig) -> str:
-        return USAGE.substitute(repo_id=repo_id, stride=config.data.stride)
+        return USAGE.substitute(repo_id=repo_id, max_length=config.data.max_length, stride=config.data.stride)
 
     def features(self, split: str) -> FeatureSet | None:
         source = self.sources[split]
@@ -123,10 +131,11 @@ class TokenClassification(Task):
 
         def build() -> Any:
             sizes = {"max_length": settings.max_length, "stride": settings.stride}
+            examples = source.loaded.items
             try:
-                return features.build_features(source.loaded.items, self.tokenizer, labels, **sizes)
+                return features.build_features(examples, self.tokenizer, labels, **sizes)
             except UserError as error:
-                raise UserError(f"{split}: {error}") from None
+                raise UserError(f"{source.description}: {error}") from None
 
         table, key = cached_windows(source, self.tokenizer, settings, (features, scheme), build, labels)
         return self._features(table, key, lambda: source.loaded, labelled=source.is_labelled)
@@ -205,13 +214,27 @@ def _summary(found: list[list[dict[str, Any]]]) -> dict[str, Any]:
     }
 
 
-USAGE = string.Template("""With transformers:
+USAGE = string.Template("""With qa_dist, in texts as they are:
 
 ```python
-from transformers import pipeline
+from qa_dist import TokenClassifier
+
+classifier = TokenClassifier.from_pretrained("$repo_id")
+for entity in classifier("Ada Lovelace was born in London."):
+    print(entity["entity_group"], entity["word"], entity["start"], entity["end"])
+```
+
+With transformers alone, whose pipeline may take all that stands between two blanks for a word, so best in texts with
+blanks around punctuation:
+
+```python
+from transformers import AutoTokenizer, pipeline
 
 # a word's label is that of its first token; a long text is cut into windows that share $stride tokens
-tag = pipeline("token-classification", model="$repo_id", aggregation_strategy="first", stride=$stride)
-for entity in tag("Ada Lovelace was born in London."):
-    print(entity["entity_group"], entity["word"], entity["start"], entity["end"], entity["score"])
+tokenizer = AutoTokenizer.from_pretrained("$repo_id", model_max_length=$max_length)
+tag = pipeline(
+    "token-classification", model="$repo_id", tokenizer=tokenizer, aggregation_strategy="first", stride=$stride
+)
+for entity in tag("Ada Lovelace was born in London ."):
+    print(entity["entity_group"], entity["word"], entity["start"], entity["end"])
 ```""")
