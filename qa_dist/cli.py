@@ -168,7 +168,7 @@ def _dispatch(args: list[str]) -> int:
 
         return hub_commands.check(resolve(sources, [checks.hub_rules]), lambda text: print(text, flush=True))
     if command == "score":
-        return _score(resolve(sources, [checks.paths, checks.needs_validation]), options)
+        return _score(resolve(sources, [checks.paths, checks.needs_validation, checks.combinations]), options)
     return _run(command, sources, options)
 
 

@@ -14,23 +14,36 @@ OPTIONS = {
 }
 
 
-def score(config: RunConfig, options: Mapping[str, str | None]) -> tuple[dict[str, float], list[str]]:
+Figures = tuple[dict[str, float], list[str]]
+
+
+def score(config: RunConfig, options: Mapping[str, str | None]) -> Figures:
     """The figures, and notes for the user. Raises `UserError` for options and files that cannot be used."""
     if options["predictions"] is None:
         raise UserError("--predictions: is not set; name a JSON file of predictions")
-    predictions = Path(options["predictions"])
-    if config.task == "token_classification":
-        from qa_dist.tasks.token_classification.scoring import score_file as score_entities
+    if config.task not in SCORERS:
+        raise UserError(f"task: qa-dist score knows no files of {config.task}; qa-dist evaluate scores a model")
+    return SCORERS[config.task](config, Path(options["predictions"]), options)
 
-        for name in ("null_odds", "na_prob_thresh"):
-            if options[name] is not None:
-                raise UserError(f"--{name}: is for question answering")
-        return score_entities(config, predictions)
-    from qa_dist.tasks.question_answering.scoring import score_file as score_answers
+
+def _score_answers(config: RunConfig, predictions: Path, options: Mapping[str, str | None]) -> Figures:
+    from qa_dist.tasks.question_answering.scoring import score_file
 
     try:
         na_prob_thresh = float(options["na_prob_thresh"] or 1.0)
     except ValueError:
         raise UserError(f"--na_prob_thresh: {options['na_prob_thresh']!r} is not a number") from None
     odds_file = Path(options["null_odds"]) if options["null_odds"] else None
-    return score_answers(config, predictions, odds_file, na_prob_thresh)
+    return score_file(config, predictions, odds_file, na_prob_thresh)
+
+
+def _score_entities(config: RunConfig, predictions: Path, options: Mapping[str, str | None]) -> Figures:
+    from qa_dist.tasks.token_classification.scoring import score_file
+
+    for name in ("null_odds", "na_prob_thresh"):
+        if options[name] is not None:
+            raise UserError(f"--{name}: is for question answering")
+    return score_file(config, predictions)
+
+
+SCORERS = {"question_answering": _score_answers, "token_classification": _score_entities}

@@ -13,6 +13,7 @@ from qa_dist.errors import InputError, UserError
 from qa_dist.inference.lines import Asking, answer_lines
 from qa_dist.inference.options import AnswerOptions, ServeOptions, TagOptions
 
+# what of a line is not passed on: what was asked, and what would be taken for the answer
 ANSWER_FIELDS = frozenset({"question", "context", "answers", "score", "start", "end", "answer", "windows"})
 TAG_FIELDS = frozenset({"text", "tokens", "ner_tags", "entities"})
 MOST_SECONDS = 86_400
@@ -91,7 +92,10 @@ def tag(args: Sequence[str], show: Say, say: Say) -> int:
 
     if problem := text_problem(text):
         raise InputError(f"{problem}{f' ({options.text_file})' if options.text_file else ''}")
-    entities = options.tagging.load()(text)
+    classifier = options.tagging.load()
+    if len(text or "") > LONG_CONTEXT:
+        say(f"reading {len(text or ''):,} characters; this takes a while")
+    entities = classifier(text)
     if options.json:
         show(json.dumps(entities, ensure_ascii=False, indent=2))
         return 0
@@ -107,7 +111,7 @@ def _tag_file(options: TagOptions, name: str, show: Say, say: Say) -> int:
     from qa_dist.inference.token_classifier import text_problem
 
     def text_of(line: dict[str, Any]) -> Any:
-        return line.get("text", line.get("tokens"))
+        return line["tokens"] if line.get("text") is None else line["text"]
 
     with _opened(name) as file:
         classifier = options.tagging.load()
@@ -116,9 +120,10 @@ def _tag_file(options: TagOptions, name: str, show: Say, say: Say) -> int:
             return [{"entities": entities} for entities in classifier([text_of(line) for line in lines])]
 
         def problem(line: dict[str, Any]) -> str | None:
-            return (
-                text_problem(text_of(line)) if {"text", "tokens"} & line.keys() else "there is neither text nor tokens"
-            )
+            given = [name for name in ("text", "tokens") if line.get(name) is not None]
+            if len(given) != 1:
+                return "there are both text and tokens" if given else "there is neither text nor tokens"
+            return text_problem(text_of(line))
 
         return answer_lines(
             file, name, Asking(problem, ask, TAG_FIELDS, "a JSON object with text or tokens"), show, say
@@ -142,7 +147,6 @@ def serve(args: Sequence[str], show: Say, say: Say) -> int:
         options.port,
         max_characters=options.max_characters,
         timeout=options.timeout,
-        log=say,
     ) as server:
         if not server.is_local:
             say(f"{options.host} is reached from other machines, and there is no password")

@@ -39,13 +39,22 @@ class ModelOptions:
 
 
 @dataclass
-class AnsweringOptions(ModelOptions):
-    """Which model is asked, and how."""
-
+class _ForAnswers:
     max_answer_length: int | None = None
     """Longest answer, in tokens; by default the model's own."""
     no_answer_threshold: float | None = None
     """Of SQuAD 2.0: no answer where its score exceeds the best answer's by more; by default the model's own."""
+
+
+@dataclass
+class _ForTags:
+    labels: tuple[str, ...] = ()
+    """Of models that have no names for their labels: all of them, in the order of the model's head."""
+
+
+@dataclass
+class AnsweringOptions(_ForAnswers, ModelOptions):
+    """Which model is asked, and how."""
 
     def load(self) -> "QuestionAnswerer":
         from qa_dist.inference.question_answerer import QuestionAnswerer
@@ -55,11 +64,8 @@ class AnsweringOptions(ModelOptions):
 
 
 @dataclass
-class TaggingOptions(ModelOptions):
+class TaggingOptions(_ForTags, ModelOptions):
     """Which model reads, and how."""
-
-    labels: tuple[str, ...] = ()
-    """Of models that have no names for their labels: all of them, in the order of the model's head."""
 
     def load(self) -> "TokenClassifier":
         from qa_dist.inference.token_classifier import TokenClassifier
@@ -69,7 +75,7 @@ class TaggingOptions(ModelOptions):
 
 
 @dataclass
-class ServingOptions(TaggingOptions, AnsweringOptions):
+class ServingOptions(_ForTags, _ForAnswers, ModelOptions):
     """Which model is asked, of either kind, and how."""
 
     def served(self) -> "Served":
@@ -81,11 +87,11 @@ class ServingOptions(TaggingOptions, AnsweringOptions):
         _quieten()
         task = task_of(self.model, self.revision, trust_remote_code=self.trust_remote_code)
         is_tagger = task == TokenClassifier.task_name
-        own, others = self.own(), AnsweringOptions if is_tagger else TaggingOptions
-        for name in {field.name for field in fields(others)} - {field.name for field in fields(ModelOptions)}:
-            if own.pop(name):
+        own = self.own()
+        for field in fields(_ForAnswers if is_tagger else _ForTags):
+            if own.pop(field.name) != field.default:
                 kind, other = ("token classification", "question answering")[:: 1 if is_tagger else -1]
-                raise UserError(f"--{name}: is for {other}, and {self.model} is for {kind}")
+                raise UserError(f"--{field.name}: is for {other}, and {self.model} is for {kind}")
         if is_tagger:
             return entities(TokenClassifier.from_pretrained(self.model, **own), self.model)
         return questions(QuestionAnswerer.from_pretrained(self.model, **own), self.model)
@@ -135,8 +141,8 @@ class TagOptions:
     """Instead: a file that holds the text; - for standard input."""
     input: str | None = None
     """Instead of one text: a file of JSON lines with text, or with tokens (a list of words), - for standard input; each
-    line gives a line of JSON with the entities and what else the line held. Lines that cannot be read give one with the
-    error."""
+    line gives a line of JSON with the entities and what else the line held (but for ner_tags). Lines that cannot be
+    read give one with the error."""
     json: bool = False
     """Print the entities of one text as JSON."""
 

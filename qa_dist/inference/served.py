@@ -8,8 +8,8 @@ from qa_dist.errors import InputError
 from qa_dist.inference.question_answerer import QuestionAnswerer
 from qa_dist.inference.token_classifier import TokenClassifier
 
-MOST_ANSWERS = 50
-"""That a request may ask for."""
+MOST_OF_A_REQUEST = 50
+"""Answers that a request may ask for."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ def questions(answerer: QuestionAnswerer, name: str) -> Served:
 
     def ask(values: dict[str, Any], seconds: float) -> dict[str, Any]:
         top_k = values.get("top_k", 1)
-        if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= MOST_ANSWERS:
-            raise InputError(f"top_k is a number from 1 to {MOST_ANSWERS}")
+        if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= MOST_OF_A_REQUEST:
+            raise InputError(f"top_k is a number from 1 to {MOST_OF_A_REQUEST}")
         result = answerer(*texts(values), top_k=top_k, timeout=seconds)
         return {"answers": result if isinstance(result, list) else [result]}
 

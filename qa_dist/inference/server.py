@@ -1,6 +1,7 @@
 """A page to ask a model on, and the same for programs: POST /answer. For the person at this machine, not the internet.
 
 curl -H 'Content-Type: application/json' -d '{"question": "…", "context": "…", "top_k": 3}' localhost:8000/answer
+curl -H 'Content-Type: application/json' -d '{"text": "…"}' localhost:8000/answer
 """
 
 import json
@@ -51,11 +52,10 @@ class AnswerServer(ThreadingHTTPServer):
         *,
         max_characters: int,
         timeout: float,
-        log: Callable[[str], None],
     ):
         """`max_characters`: of the texts of a request together. `timeout`: seconds that an answer
         may take. Raises `UserError` where `host` and `port` cannot be listened on."""
-        self.served, self.log = served, log
+        self.served = served
         self.max_characters, self.answer_timeout = max_characters, timeout
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.turn = threading.Semaphore(1)
@@ -132,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
             status, kind, body = HTTPStatus.BAD_REQUEST, *_json({"error": str(error)})
         except TimeoutError:
             seconds = self.server.answer_timeout
-            message = f"this takes more than {seconds:g} seconds (--timeout); shorten the context"
+            message = f"this takes more than {seconds:g} seconds (--timeout); shorten the text"
             status, kind, body = HTTPStatus.SERVICE_UNAVAILABLE, *_json({"error": message})
         except OSError:
             raise  # the client is gone
@@ -183,7 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise self._too_long()
         begin = time.monotonic()
         if not self.server.turn.acquire(timeout=self.server.answer_timeout):
-            raise _RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "other questions are being answered; try again")
+            raise _RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "other requests are being answered; try again")
         try:
             left = self.server.answer_timeout - (time.monotonic() - begin)
             reply = self.server.served.ask(values, left)

@@ -12,17 +12,18 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_origin
 
 import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import validate_repo_id
+from pydantic.fields import FieldInfo
 
-from qa_dist.config import DataConfig, RunConfig
+from qa_dist.config import OWN_SETTINGS, DataConfig, RunConfig
 from qa_dist.config_sources import from_yaml, leaves, resolve
 from qa_dist.errors import UserError, listing
 from qa_dist.reporting.untrusted import file_name, hub_id, is_count, is_number, plain
-from qa_dist.tasks import Task, task_class
+from qa_dist.tasks import TASKS, Task, task_class
 
 CURVES = "curves.png"
 """Name of the plot in the repository."""
@@ -31,10 +32,10 @@ ALWAYS_SHOWN = re.compile(
     r"train\.(epochs|global_batch_size|learning_rate|schedule|warmup_ratio|weight_decay|seed)|data\.(max_length|stride)"
 )
 SHOWN_IF_CHANGED = re.compile(
-    r"train\.\w+|data\.(validation_share|max_\w+_samples|on_misaligned|unanswerable)|model\.attention"
-    r"|evaluation\.(n_best|max_answer_length|null_score_diff_threshold)|run\.(export|export_dtype)"
+    r"train\.\w+|data\.(validation_share|max_\w+_samples)|model\.attention|run\.(export|export_dtype)"
 )
-"""Settings that the card tells, the latter where they are not the default. None can hold a text of the user's."""
+"""Settings that the card tells, the latter where they are not the default, as it does those of the task's own. None
+that can hold a text of the user's."""
 MOST_POINTS = 1000
 """Of a curve; of more steps, means are drawn."""
 
@@ -90,6 +91,8 @@ class _Run:
     """Step and training loss of every logged step, in order."""
     environment: dict[str, Any]
     """environment.json; the launch line, if it is not there, is that of status.json."""
+    task: type[Task]
+    """That of config.yaml, or else the one that was stored with the model."""
 
     @classmethod
     def read(cls, run: Path) -> "_Run":
@@ -104,11 +107,8 @@ class _Run:
         # a step that was done again counts as it was done last
         losses = {row["step"]: row.get("loss") for row in lines if row.get("kind") == "train"}
         drawn: Any = sorted((step, loss) for step, loss in losses.items() if is_number(loss))
-        return cls(_config(run), metrics, rows, drawn, {"launch": status.get("launch")} | environment)
-
-    @property
-    def task(self) -> type[Task]:
-        return task_class((self.config or RunConfig()).task)
+        config = _config(run)
+        return cls(config, metrics, rows, drawn, {"launch": status.get("launch")} | environment, _task(run, config))
 
     @property
     def exported(self) -> dict[str, Any]:
@@ -125,6 +125,12 @@ class _Run:
         scores = [name for name in self.task.card.metrics if self.points("epoch", name)]
         losses = self.losses or self.points("step", "loss")
         return ([_draw_losses] if losses else []) + ([_draw_scores] if scores else [])
+
+
+def _task(run: Path, config: RunConfig | None) -> type[Task]:
+    stored: Any = next(iter(_objects(run / "model/qa_dist.json")), {}).get("settings")
+    name = config.task if config else stored.get("task") if isinstance(stored, dict) else None
+    return task_class(name if name in TASKS else RunConfig().task)
 
 
 def _config(run: Path) -> RunConfig | None:
@@ -280,13 +286,22 @@ def _training(read: _Run) -> list[str]:
 def _settings(config: RunConfig) -> list[tuple[str, str]]:
     rows = []
     for key, field in leaves():
-        section, _, name = key.rpartition(".")
-        value = getattr(getattr(config, section, None), name, None)
-        is_changed = SHOWN_IF_CHANGED.fullmatch(key) and value != field.get_default(call_default_factory=True)
+        value: Any = config
+        for name in key.split("."):
+            value = getattr(value, name, None)
+        may_be_shown = SHOWN_IF_CHANGED.fullmatch(key) or (
+            key in OWN_SETTINGS.get(config.task, ()) and _holds_no_text(field)
+        )
+        is_changed = may_be_shown and value != field.get_default(call_default_factory=True)
         replaced = key == "train.global_batch_size" and config.train.tokens_per_batch is not None
         if (is_changed or ALWAYS_SHOWN.fullmatch(key)) and not replaced:
             rows.append((f"`{key}`", _escaped(str(value).lower())))
     return rows
+
+
+def _holds_no_text(field: FieldInfo) -> bool:
+    """Whether the setting is a number, or one of a few names."""
+    return field.annotation in (int, float, bool) or get_origin(field.annotation) is Literal
 
 
 def _data(data: DataConfig) -> list[str]:

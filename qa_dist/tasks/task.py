@@ -246,8 +246,9 @@ class Task(ABC):
 
     @abstractmethod
     def features(self, split: str) -> FeatureSet | None:
-        """The features of "train" or "validation", from the cache where they are there; None where the config
-        names no such data. Raises `UserError` for data that cannot be used."""
+        """The features of "train", "validation" or "unlabelled" (the validation data, without their labels), from the
+        cache where they are there; None where the config names no such data. Raises `UserError` for data that cannot
+        be used."""
 
     @abstractmethod
     def loss(self, output: Any, batch: Batch) -> Tensor:

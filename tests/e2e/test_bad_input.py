@@ -234,8 +234,9 @@ def test_prepare_tells_what_is_wrong(tmp_path: Path, model_dir: Path, capsys):
     ("content", "flags", "expected"),
     [
         (None, [], "no.json: cannot be read: No such file or directory"),
-        ("", [], ".json:1: is not valid JSON"),
-        ([], [], "has to be a JSON object that gives a text for every question's id"),
+        ("", [], "predictions.json: the file is empty"),
+        ("{", [], ".json:1: is not valid JSON"),
+        ([], [], "has to be a JSON object that gives a text for every example's id"),
         ({"q1": 3}, [], "1 ids have something else than a text (q1)"),
         ({"other": "x"}, [], "none of its 1 ids (other) is among the 1 examples (q1)"),
         ({"q1": "x"}, ["--null_odds", "no.json"], "--null_odds: belongs to SQuAD 2.0"),

@@ -130,6 +130,23 @@ def test_a_time_limit_is_a_number_of_seconds(classifier: TokenClassifier, timeou
         classifier("Ada", timeout=timeout)
 
 
+def test_labels_can_be_named_for_a_model_that_has_no_names(run: Path, classifier: TokenClassifier, tmp_path: Path):
+    path = shutil.copytree(run / "model", tmp_path / "nameless")
+    content = json.loads((path / "config.json").read_text())
+    names = [content["id2label"][str(i)] for i in range(len(content["id2label"]))]
+    for name in ("id2label", "label2id"):
+        del content[name]
+    (path / "config.json").write_text(json.dumps(content | {"num_labels": len(names)}))
+    with pytest.raises(
+        UserError, match=r"a head for 7 labels; and no names .*data.labels \(labels, if it is"
+    ):
+        TokenClassifier.from_pretrained(str(path))
+    named = TokenClassifier.from_pretrained(str(path), labels=names, device="cpu")
+    assert named(TEXT) == classifier(TEXT)
+    with pytest.raises(UserError, match=r"has a head for 7 labels, and data.labels has 6"):
+        TokenClassifier.from_pretrained(str(path), labels=names[:-1])
+
+
 def test_models_that_cannot_be_used(run: Path, tmp_path: Path):
     with pytest.raises(UserError, match="is a model for token classification, not for question answering"):
         QuestionAnswerer.from_pretrained(str(run))

@@ -186,6 +186,9 @@ def test_predicting_needs_no_labels(alone: Path, tmp_path: Path, capsys: pytest.
     predictions = json.loads(contents.pop())
     assert list(predictions) == [str(i) for i in range(9)]
     assert any(predictions.values())
+    notes: list[str] = []
+    story = read_run(tmp_path / f"predict-{files[True].stem}", notes.append)
+    assert story.review is None and story.notes[0].startswith("Here are predictions alone")
     own = tmp_path / f"evaluate-{files[True].stem}"
     flags = ("--task", "token_classification", "--data.validation_file", files[True])
     code, text = command(capsys, "score", *flags, "--predictions", own / "predictions.json")

@@ -12,6 +12,11 @@ from qa_dist.tasks.token_classification.words import words_of
         ("Spanish-born (1.5 km), on 1996-08-22", ["Spanish-born", "(", "1.5", "km", ")", ",", "on", "1996-08-22"]),
         ("the 1st 30-year-old, 10%…", ["the", "1st", "30-year-old", ",", "10", "%", "…"]),
         ("O'Brien of AT&T can’t say 'yes'", ["O'Brien", "of", "AT&T", "can", "’t", "say", "'", "yes", "'"]),
+        (
+            "Dr. No and Sammy Davis Jr. of AC/DC and/or Acme Inc.",
+            ["Dr.", "No", "and", "Sammy", "Davis", "Jr.", "of", "AC/DC", "and", "/", "or", "Acme", "Inc."],
+        ),
+        ("www.google.com, a.b", ["www.google.com", ",", "a", ".", "b"]),
         ("l'Oréal, D'Artagnan, o'clock", ["l'", "Oréal", ",", "D'Artagnan", ",", "o'clock"]),
         ("Wait... what?! -- ok", ["Wait", "...", "what", "?", "!", "--", "ok"]),
         ("@bob see https://a.b/c?d, #now", ["@bob", "see", "https://a.b/c?d", ",", "#now"]),

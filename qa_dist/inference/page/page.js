@@ -44,7 +44,8 @@ function showText(context, answers, chosen) {
     const mark = document.createElement("mark");
     mark.textContent = piece;
     mark.classList.toggle("chosen", covers(answers[chosen]));
-    mark.title = answers.filter(covers).map((answer) => answer.type ?? "").join(" ");
+    const types = answers.filter((answer) => covers(answer) && answer.end === cuts[i + 1]).map(({ type }) => type ?? "");
+    if (types.join("")) mark.dataset.type = types.join(" ");
     text.append(mark);
   }
 }
@@ -58,8 +59,10 @@ function showAnswers(context, answers, chosen) {
     button.setAttribute("aria-pressed", String(i === chosen));
     score.className = "score";
     score.textContent = `${(100 * answer.score).toFixed(1)} %`;
-    text.textContent = answer.answer || "no answer in the text";
-    text.classList.toggle("none", !answer.answer);
+    const name = document.createElement("span");
+    name.className = answer.answer ? "name" : "none";
+    name.textContent = answer.answer || "no answer in the text";
+    text.append(name);
     if (answer.type) {
       const type = document.createElement("span");
       type.className = "type";

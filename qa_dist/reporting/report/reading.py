@@ -150,6 +150,9 @@ def read_run(path: Path, say: Callable[[str], None]) -> Story:
     if not log.evaluation and isinstance(history, list):
         log.evaluation = {row["step"]: row for row in history if isinstance(row, dict) and is_count(row.get("step"))}
     story = Story(path, config, task, status, metrics, environment, summary, log, notes)
+    if status.get("state") == "completed" and not (metrics or log.train or log.evaluation):
+        notes.append("Here are predictions alone (qa-dist predict): they were not compared with what is right.")
+        return story
     if not log.train:
         notes.append("No training steps were logged here, so there are no curves of training.")
     if config is not None:

@@ -11,10 +11,12 @@ _CLITIC = r"(?i:['’](?:s|re|ve|ll|d|m|t)\b)"
 
 WORD = regex.compile(
     rf"""
-    https?://\S*[\w/]                                                    # addresses in the Internet
+    (?:https?://|www\.)\S*[\w/]                                         # addresses in the Internet
     | [@\#]\w+ | [\w.+-]{{1,64}}+@[\w-]{{1,63}}(?:\.[\w-]{{1,63}})+      # names there
     | \d+(?:[.,:/-]\d+)*(?:-?{_LETTER}+)*                                # 12.50, 1996-08-22, 1st, 30-year-old
     | (?:\p{{L}}\.){{2,}}                                                # U.N.
+    | \b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|Inc|Corp|Co|Ltd|Gen|Sen|Gov|Lt|Col|Sgt|Capt|Rev)\.   # abbreviations in names
+    | \b\p{{Lu}}+/\p{{Lu}}+\b                                            # AC/DC
     | [{_ALONE}][\p{{M}}\u200d]*                                         # each character by itself, with its marks
     | \b(?<!['’])(?:[cdjlmnst]|qu|un|all|dell|nell|sull|dall)['’](?=\p{{L}}{{3}})   # d'Artagnan: the d'
     | {_CLITIC}
