@@ -137,9 +137,7 @@ def test_labels_can_be_named_for_a_model_that_has_no_names(run: Path, classifier
     for name in ("id2label", "label2id"):
         del content[name]
     (path / "config.json").write_text(json.dumps(content | {"num_labels": len(names)}))
-    with pytest.raises(
-        UserError, match=r"a head for 7 labels; and no names .*data.labels \(labels, if it is"
-    ):
+    with pytest.raises(UserError, match=r"a head for 7 labels; and no names .*data.labels \(labels, if it is"):
         TokenClassifier.from_pretrained(str(path))
     named = TokenClassifier.from_pretrained(str(path), labels=names, device="cpu")
     assert named(TEXT) == classifier(TEXT)

@@ -4,12 +4,11 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification, AutoTokenizer
 
 from qa_dist import TokenClassifier
 from qa_dist.cli import main
@@ -247,13 +246,24 @@ def test_the_model_card_says_how_to_use_the_model(alone: Path, tmp_path: Path, m
     text = model_card(alone, "user/toy")
     assert "pipeline_tag: token-classification" in text
     assert "- precision" in text and "type: f1" in text
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "pipeline" in block]
-    exec(code.replace("user/toy", str(alone / "model")), {})
-    lines = capsys.readouterr().out.splitlines()
-    tag: Any = pipeline("token-classification", model=str(alone / "model"), aggregation_strategy="first", stride=12)
-    found = tag("Ada Lovelace was born in London.")
-    assert len(lines) == len(found)
-    assert all(entity["entity_group"] in ("person", "place", "organisation") for entity in found)
+    blocks = [code.replace("user/toy", str(alone / "model")) for code in re.findall(r"```python\n(.*?)```", text, re.S)]
+    ours, theirs = ({}, {})
+    exec(blocks[0], ours)
+    exec(blocks[1], theirs)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) % 2 == 0 and lines[: len(lines) // 2] == lines[len(lines) // 2 :] != []
+    words = [word for example in synthetic.generate(SyntheticConfig(), "validation")[:60] for word in example.words]
+    long = " ".join(words)  # more than the model has positions for
+    same = {(one["start"], one["end"], one["entity_group"]) for one in theirs["tag"](long)}
+    found = {(one["start"], one["end"], one["entity_group"]) for one in ours["classifier"](long)}
+    assert len(words) > 512 and len(same & found) > 0.8 * len(found)  # of two windows transformers keeps another word
+    tokenizer = AutoTokenizer.from_pretrained(alone / "model")
+    assert tokenizer.model_max_length == 128  # the model's positions, though the tokenizer was made for no model
+    (alone / "config.yaml").rename(tmp_path / "config.yaml")
+    try:
+        assert "pipeline_tag: token-classification" in model_card(alone, "user/toy")  # what is stored with the model
+    finally:
+        (tmp_path / "config.yaml").rename(alone / "config.yaml")
 
 
 @pytest.mark.parametrize("recipe", ["bert_base_conll2003", "minilm_wnut17"])
