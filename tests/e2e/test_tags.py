@@ -240,4 +240,6 @@ def test_the_page(url: str, classifier: TokenClassifier):
             own["entity_group"] for own in expected
         ]
         assert page.locator("mark").all_text_contents() == [own["word"] for own in expected]
+        types = page.locator("mark").evaluate_all("marks => marks.map((mark) => mark.dataset.type)")
+        assert types == [own["entity_group"] for own in expected]
         assert problems == []

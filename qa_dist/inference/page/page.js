@@ -32,20 +32,27 @@ function showText(context, answers, chosen) {
   const text = element("text");
   text.replaceChildren();
   // Cut the text wherever an answer begins or ends; each piece is marked by the answers that cover it.
-  const places = answers.filter((answer) => answer.end > answer.start).flatMap((a) => [a.start, a.end]);
-  const cuts = [...new Set([0, ...places, context.length])].sort((a, b) => a - b);
+  const marked = answers.filter((answer) => answer.end > answer.start);
+  const by = (edge) => {
+    const found = new Map();
+    for (const answer of marked) found.set(answer[edge], [...(found.get(answer[edge]) ?? []), answer]);
+    return found;
+  };
+  const begins = by("start"), ends = by("end"), open = new Set();
+  const cuts = [...new Set([0, ...begins.keys(), ...ends.keys(), context.length])].sort((a, b) => a - b);
   for (let i = 0; i + 1 < cuts.length; i++) {
+    for (const answer of ends.get(cuts[i]) ?? []) open.delete(answer);
+    for (const answer of begins.get(cuts[i]) ?? []) open.add(answer);
     const piece = context.slice(cuts[i], cuts[i + 1]).join("");
-    const covers = (answer) => answer.start <= cuts[i] && answer.end >= cuts[i + 1];
-    if (!answers.some(covers)) {
+    if (!open.size) {
       text.append(piece);
       continue;
     }
     const mark = document.createElement("mark");
     mark.textContent = piece;
-    mark.classList.toggle("chosen", covers(answers[chosen]));
-    const types = answers.filter((answer) => covers(answer) && answer.end === cuts[i + 1]).map(({ type }) => type ?? "");
-    if (types.join("")) mark.dataset.type = types.join(" ");
+    mark.classList.toggle("chosen", open.has(answers[chosen]));
+    const types = [...open].filter((answer) => answer.type && answer.end === cuts[i + 1]).map(({ type }) => type);
+    if (types.length) mark.dataset.type = types.join(" ");
     text.append(mark);
   }
 }
