@@ -219,16 +219,20 @@ def _run(command: str, sources: list[Source], options: dict[str, str | None]) ->
         return doctor.examine(resolve(sources), launch)
     if command == "prepare":
         return _prepare(resolve(sources, [checks.paths, *checks.FOR_COMMAND["train"]]))
+    stored = None
     allow_changed = tuple(name for name in (options.get("allow_changed") or "").split(",") if name)
     resume = Resume(options.get("resume") or "none", allow_changed)
 
     if command in ("evaluate", "predict") and (model := _model_name(sources)):
         model = model_directory(model)
+        exported = exported_settings(model, with_findings=command == "predict")
         trained = Source()
         trained.put("model.name", model, "--model")
         trained.put("model.config", None, model)  # the config file may be the one that the model was trained with
-        sources = [exported_settings(model, with_findings=command == "predict"), *sources, trained]
+        sources = [exported, *sources, trained]
+        stored = exported.values.get("task")
     to_check = [
+        partial(_task_is_the_models, stored),
         launch.problems,
         partial(_output_dir_is_free, launch, resume, command),
         partial(_changes_are_settings, allow_changed),
@@ -252,6 +256,14 @@ def _run(command: str, sources: list[Source], options: dict[str, str | None]) ->
             return 0  # the launcher knows; the one underneath would make a failure of it, and end the others
         return stop.exit_code
     return 0
+
+
+def _task_is_the_models(stored: object, config: RunConfig) -> list[Problem]:
+    if stored in (None, config.task):
+        return []
+    was, has_to_be = (str(name).replace("_", " ") for name in (stored, config.task))
+    message = f"model.name: {config.model.name} is a model for {was}, and the task is {has_to_be}; set task to {stored}"
+    return [Problem(("task", "model.name"), message)]
 
 
 def _changes_are_settings(names: Sequence[str], config: RunConfig) -> list[Problem]:

@@ -54,6 +54,8 @@ def answer_lines(file: BinaryIO, name: str, asking: Asking, show: Say, say: Say)
         raise UserError(f"--input: {name}: holds no line")
     if failed:
         say(f"{failed:,} of {count:,} lines could not be answered")
+    if failed == count:
+        say(f"each line has to be {asking.expected}; other files of data are for qa-dist predict")
     return 2 if failed else 0
 
 

@@ -42,7 +42,7 @@ MOST_POINTS = 1000
 USAGE = """With qa_dist, to evaluate it on other data, and to go on with its training:
 
 ```bash
-qa-dist evaluate --model {repo_id} --data.validation_file dev.json --run.output_dir OUT
+qa-dist evaluate --model {repo_id} --data.validation_file FILE --run.output_dir OUT
 accelerate launch --config_file LAUNCH.yaml -m qa_dist train --config RUN.yaml --resume hub:{repo_id}
 ```"""
 

@@ -22,14 +22,17 @@ def read_mapping(path: Path, kind: str) -> dict[str, Any]:
         raise UserError(f"{path}: has to be a JSON object that gives a {kind} for every example's id")
     wrong = [key for key, value in found.items() if not isinstance(value, KINDS[kind]) or isinstance(value, bool)]
     if wrong:
-        raise UserError(f"{path}: {len(wrong):,} ids have something else than a {kind} ({listing(wrong)})")
+        others = {type(found[key]) for key in wrong}
+        hint = "; lists of entities are for --task token_classification" if kind == "text" and others == {list} else ""
+        raise UserError(f"{path}: {len(wrong):,} ids have something else than a {kind} ({listing(wrong)}){hint}")
     return found
 
 
-def unmatched(name: str, predictions: Collection[str], ids: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Those of the examples' `ids` that have no prediction, and the ids of `predictions` for none of the examples.
+def unmatched(name: str, predictions: Collection[str], ids: Sequence[str], kind: str, consequence: str) -> list[str]:
+    """Notes on which of the examples' `ids` have no prediction, and which `predictions` are for none of the examples.
 
-    Raises `UserError` where none has one: the file, called `name`, was made for other data.
+    `kind` is how an example is called; `consequence` says what becomes of those without a prediction. Raises
+    `UserError` where none has one: the file, called `name`, was made for other data.
     """
     known = set(ids)
     missing = [one for one in ids if one not in predictions]
@@ -39,4 +42,9 @@ def unmatched(name: str, predictions: Collection[str], ids: Sequence[str]) -> tu
             f"{name}: none of its {len(predictions):,} ids ({listing(list(predictions))}) is among the "
             f"{len(ids):,} examples ({listing(missing)}); it was made for other data"
         )
-    return missing, strangers
+    notes = []
+    if missing:
+        notes.append(f"{len(missing):,} {kind}s have no prediction and {consequence} ({listing(missing)})")
+    if strangers:
+        notes.append(f"{len(strangers):,} predictions are for no {kind} of these data ({listing(strangers)})")
+    return notes

@@ -271,8 +271,8 @@ class Task(ABC):
 
     @classmethod
     def usage(cls, repo_id: str, config: RunConfig) -> str:
-        """Markdown: how to use, with transformers alone, a model that was trained with `config` and lies in the Hub
-        repository `repo_id`."""
+        """Markdown: how to ask a model that was trained with `config` and lies in the Hub repository `repo_id`, also
+        with transformers alone."""
         return ""
 
     def review(self, files: Mapping[str, Any], features: FeatureSet) -> Review:

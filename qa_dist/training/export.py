@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from qa_dist.checkpoint.manifest import DamagedError, Manifest, damage
 from qa_dist.checkpoint.store import Shards, gap, publish_directory
-from qa_dist.config import CARRIED_SETTINGS, RunConfig
+from qa_dist.config import CARRIED_SETTINGS, OWN_SETTINGS, RunConfig
 from qa_dist.config_sources import Source
 from qa_dist.errors import UserError, listing
 from qa_dist.tasks import task_class
@@ -57,7 +57,12 @@ def write_companions(
     """What belongs to the weights of `step`: model config, tokenizer, `CARRIED_SETTINGS` and findings, in one flat
     directory."""
     values: Any = config.model_dump(mode="json")
-    carried = {key: functools.reduce(lambda node, part: node[part], key.split("."), values) for key in CARRIED_SETTINGS}
+    others = {key for name, keys in OWN_SETTINGS.items() if name != task.name for key in keys}
+    carried = {
+        key: functools.reduce(lambda node, part: node[part], key.split("."), values)
+        for key in CARRIED_SETTINGS
+        if key not in others
+    }
     model_config.save_pretrained(directory)
     if (longest := longest_window(model_config)) and task.tokenizer.model_max_length > longest:
         task.tokenizer.model_max_length = longest  # by which transformers' pipelines cut texts; what is new has none

@@ -137,7 +137,7 @@ def test_labels_can_be_named_for_a_model_that_has_no_names(run: Path, classifier
     for name in ("id2label", "label2id"):
         del content[name]
     (path / "config.json").write_text(json.dumps(content | {"num_labels": len(names)}))
-    with pytest.raises(UserError, match=r"a head for 7 labels; and no names .*data.labels \(labels, if it is"):
+    with pytest.raises(UserError, match=r"a head for 7 labels; and no names .*data.labels \(to ask it: with labels"):
         TokenClassifier.from_pretrained(str(path))
     named = TokenClassifier.from_pretrained(str(path), labels=names, device="cpu")
     assert named(TEXT) == classifier(TEXT)
@@ -145,7 +145,7 @@ def test_labels_can_be_named_for_a_model_that_has_no_names(run: Path, classifier
         TokenClassifier.from_pretrained(str(path), labels=names[:-1])
 
 
-def test_models_that_cannot_be_used(run: Path, tmp_path: Path):
+def test_models_that_cannot_be_used(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(UserError, match="is a model for token classification, not for question answering"):
         QuestionAnswerer.from_pretrained(str(run))
     damaged = shutil.copytree(run / "model", tmp_path / "damaged")
@@ -154,6 +154,13 @@ def test_models_that_cannot_be_used(run: Path, tmp_path: Path):
     model.save_pretrained(damaged)
     with pytest.raises(UserError, match="logits are not numbers"):
         TokenClassifier.from_pretrained(str(damaged), device="cpu")(TEXT)
+    (tmp_path / "words.conll").write_text("Ada\nlives\n")
+    flags = ["--data.validation_file", str(tmp_path / "words.conll"), "--run.output_dir", str(tmp_path / "out")]
+    code, _, message = command(capsys, "predict", "--model", str(damaged), *flags)
+    assert code == 1 and "the model's outputs are not numbers: its weights are not usable" in message
+    code, _, message = command(capsys, "evaluate", "--task", "question_answering", "--model", str(run), *flags)
+    assert code == 2
+    assert "is a model for token classification, and the task is question answering; set task to token_cl" in message
     (damaged / "qa_dist.json").unlink()
     (damaged / "model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(UserError, match="cannot be loaded"):

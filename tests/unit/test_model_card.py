@@ -157,7 +157,7 @@ def test_the_body_has_figures_epochs_settings_and_what_they_ran_on(run: Path):
         "- Time in training steps: 1.5 min\n",
         "- Training: train.json\n- Validation: dev.json\n",
         "Fine-tuned from [google-bert/bert-base-cased](https://huggingface.co/google-bert/bert-base-cased)",
-        "qa-dist evaluate --model me/demo --data.validation_file dev.json --run.output_dir OUT\n",
+        "qa-dist evaluate --model me/demo --data.validation_file FILE --run.output_dir OUT\n",
         "--resume hub:me/demo\n",
         f"]({CURVES})",
     ):

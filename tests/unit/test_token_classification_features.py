@@ -143,6 +143,9 @@ def test_windows_without_room():
         UserError, match=r"data.stride: 14 tokens .* data.max_length 16 with 2 special tokens; lower it"
     ):
         features_of(CORPUS, max_length=16, stride=14)
+    assert len(features_of([Example("x", ("Ada",), ("O",), "x")], max_length=16, stride=14)) == 1  # none is cut
+    with pytest.raises(UserError, match=r"data.max_length: 2 leaves no room beside the 2 special tokens of a window"):
+        features_of(CORPUS, max_length=2, stride=0)
 
 
 def test_unknown_labels_are_named_with_their_places():

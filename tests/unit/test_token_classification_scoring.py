@@ -36,6 +36,7 @@ def score(
     [
         ("predictions.json", json.dumps(ENTITIES)),
         ("found.conll", FOUND),
+        ("found.tsv", FOUND.replace(" ", "\tx\ty\t")),
         ("found.conll", FOUND.replace("B-PER\nH", "I-PER\nH")),  # which is told
         ("found.jsonl", "".join(
             json.dumps({"tokens": [line.split()[0] for line in one.splitlines()],
@@ -62,12 +63,23 @@ def test_figures_of_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path, n
     assert ("begin with I-" in err) == ("\nParis I-PER" in content)
 
 
+def test_predictions_may_have_other_columns_than_the_data(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    wide = GOLD.replace(" ", " x ").replace("\n", " y\n").replace("\n y\n", "\n\n")
+    (tmp_path / "wide.conll").write_text(wide)
+    code, out, err = score(
+        capsys, tmp_path, "found.conll", FOUND,
+        "--data.columns", "{tokens: 1, ner_tags: 3}", "--data.validation_file", str(tmp_path / "wide.conll"),
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads(out)["f1"] == pytest.approx(200 / 3)
+
+
 def test_sentences_without_a_prediction_have_no_entity(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     few = {"0": ENTITIES["0"], "stranger": []}
     code, out, err = score(capsys, tmp_path, "predictions.json", json.dumps(few))
     assert code == 0
     assert json.loads(out)["precision"] == 100 and json.loads(out)["recall"] == pytest.approx(200 / 3)
-    assert "2 sentences have no prediction, as if no entity were found (1, 2)" in err
+    assert "2 sentences have no prediction and score as if no entity were found (1, 2)" in err
     assert "1 predictions are for no sentence of these data (stranger)" in err
 
 
@@ -90,6 +102,12 @@ def test_sentences_without_a_prediction_have_no_entity(capsys: pytest.CaptureFix
         ("p.conll", FOUND.replace("came O\n", ""), (), "p.conll:7: has other words than "),
         ("p.conll", FOUND.replace("B-PER", "S-PER"), (), "neither O nor B- or I- and a type (IOB2)"),
         ("p.conll", "", (), "p.conll: the file is empty"),
+        (
+            "p.json",
+            json.dumps(dict.fromkeys("012", "text")),
+            ("--task", "question_answering"),
+            "gold.conll: words and their tags in columns are for --task",
+        ),
         ("p.json", "{}", ("--null_odds", "x"), "--null_odds: is for question answering"),
     ],
 )

@@ -35,6 +35,8 @@ def read_file(path: Path, columns: Mapping[str, str], labelled: bool = True) -> 
         records = list(parquet_records(path, data))
     else:
         text = decoded(path, data)
+        if suffix(path) in (".conll", ".bio", ".iob", ".iob2"):
+            raise UserError(f"{path}: words and their tags in columns are for --task token_classification")
         is_table = suffix(path) in (".csv", ".tsv")
         records = list(table_records(path, text)) if is_table else json_records(path, text, FORMS, _unfolded)
     if not records:

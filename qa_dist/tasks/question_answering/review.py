@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from qa_dist.errors import UserError, listing
+from qa_dist.errors import UserError
 from qa_dist.tasks.predictions import unmatched
 from qa_dist.tasks.question_answering.data import Example
 from qa_dist.tasks.question_answering.metric import NO_ANSWER_ODDS, best_threshold, percent, score_each
@@ -91,12 +91,8 @@ def _found(examples: Sequence[Example], files: Mapping[str, Any]) -> tuple[dict[
     given = {key: text for key, text in rows.items() if isinstance(text, str)} if isinstance(rows, dict) else {}
     if not given:
         raise UserError(f"{PREDICTIONS}: there are none that can be read; evaluate the model (qa-dist evaluate)")
-    missing, strangers = unmatched(PREDICTIONS, given, [example.id for example in examples])
-    notes = []
-    if missing:
-        notes.append(f"{len(missing):,} questions have no prediction and are left out ({listing(missing)})")
-    if strangers:
-        notes.append(f"{len(strangers):,} predictions are for no question of these data ({listing(strangers)})")
+    ids = [example.id for example in examples]
+    notes = unmatched(PREDICTIONS, given, ids, "question", "are left out")
     n_best, null_odds = (
         content if isinstance(content := files.get(name), dict) else {} for name in (N_BEST, NULL_ODDS)
     )

@@ -23,16 +23,12 @@ def score_file(
     null_odds = read_mapping(null_odds_file, "number") if null_odds_file else None
     examples = Split(config.data, "validation").loaded
     references = {example.id: example.answers for example in examples.items}
-    missing, strangers = unmatched(str(predictions_file), predictions, list(references))
+    consequence = "are left out" if v2 else "score 0"
+    notes = list(examples.notes)
+    notes += unmatched(str(predictions_file), predictions, list(references), "question", consequence)
     if null_odds is not None:
         bare = [key for key in predictions if key in references and key not in null_odds]
         if bare:
             raise UserError(f"{null_odds_file}: {len(bare):,} predictions have no odds there ({listing(bare)})")
-    notes = list(examples.notes)
-    if missing:
-        consequence = "are left out" if v2 else "score 0"
-        notes.append(f"{len(missing):,} questions have no prediction and {consequence} ({listing(missing)})")
-    if strangers:
-        notes.append(f"{len(strangers):,} predictions are for no question of these data ({listing(strangers)})")
     figures = score_predictions(predictions, references, v2=v2, null_odds=null_odds, na_prob_thresh=na_prob_thresh)
     return figures, notes

@@ -10,6 +10,10 @@ from qa_dist.tasks.reading import Record, ids_of, is_unicode, require_different,
 from qa_dist.tasks.splits import Examples
 from qa_dist.tasks.token_classification.scheme import is_label, loose_starts
 
+NO_TAG = "a tag is neither O nor B- or I- and a type (IOB2), or not in the column that data.columns says"
+LONG_SENTENCE = 300
+"""Words from which on a file of a single sentence may lack the lines that divide its sentences."""
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -51,6 +55,8 @@ def check_records(
     found = [example for example in examples if example is not None]
     if not found:
         raise UserError(f"{name}: there is no example")
+    if len(found) == 1 and found[0].line is not None and len(found[0].words) > LONG_SENTENCE:
+        notes.append(f"{name} are one sentence of {len(found[0].words):,} words; blank lines divide sentences")
     loose = [example.where(word) for example in found for word in loose_starts(example.labels)]
     if loose:
         notes.append(
@@ -85,6 +91,8 @@ def _example(
 
 
 def _label(tag: Any, names: Sequence[str], where: str, wrong: dict[str, list[str]]) -> str:
+    if isinstance(tag, str) and tag.isascii() and tag.isdecimal():  # columns hold nothing but texts
+        tag = int(tag)
     if isinstance(tag, int) and not isinstance(tag, bool):
         if not names:
             wrong["a tag is a number, and nothing names it (data.labels does, in the order of the numbers)"].append(
@@ -96,6 +104,6 @@ def _label(tag: Any, names: Sequence[str], where: str, wrong: dict[str, list[str
             return ""
         tag = names[tag]
     if not isinstance(tag, str) or not is_label(tag) or not is_unicode(tag):
-        wrong["a tag is neither O nor B- or I- and a type (IOB2)"].append(f"{tag!r} at {where}")
+        wrong[NO_TAG].append(f"{tag!r} at {where}")
         return ""
     return tag

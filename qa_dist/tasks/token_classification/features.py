@@ -104,14 +104,13 @@ def build_features(
             f"data.max_length: {max_length} leaves no room beside the {template.num_special} special tokens of a "
             "window; raise it"
         )
-    if room <= stride:
+    offsets, ids, word, label = _tokens(examples, tokenizer, labels)
+    lengths = np.diff(offsets)
+    if room <= stride and (lengths > room).any():
         raise UserError(
             f"data.stride: {stride} tokens that neighbouring windows share leave no room for others in windows of "
             f"data.max_length {max_length} with {template.num_special} special tokens; lower it"
         )
-    offsets, ids, word, label = _tokens(examples, tokenizer, labels)
-
-    lengths = np.diff(offsets)
     owner, begin, end = cut_windows(lengths, np.full_like(lengths, room), stride)
     size = end - begin
     source = ranges(offsets[owner] + begin, size)
@@ -175,7 +174,8 @@ def _label_ids(examples: Sequence[Example], labels: Sequence[str]) -> npt.NDArra
         raise UserError(
             f"there are labels that are not among those to be told apart: {found}. Those are "
             f"{listing(labels, limit=30)}: of the trained model, of data.labels, or of the training examples. Mend the "
-            "tags or, to train, name all labels with data.labels"
+            "tags; to train, name all labels with data.labels; to score a model on types that it does not know, use "
+            "qa-dist predict and, on what it leaves, qa-dist score"
         )
     return np.array([places[label] for example in examples for label in example.labels], dtype=np.int16)
 

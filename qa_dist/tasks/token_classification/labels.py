@@ -90,7 +90,7 @@ def head_labels(
                 f"model.name: {model.name!r} has a head for {len(own)} labels"
                 + (f", the training examples have {others}" if others not in (None, len(own)) else "")
                 + f"; and no names for them ({listing(own, 3)}): name them, in the order of the head, with data.labels"
-                + (" (labels, if it is asked)" if expected else "")
+                + (" (to ask it: with labels)" if expected else "")
             )
         if len(given) == len(own):
             return tuple(given)

@@ -15,6 +15,8 @@ DOCUMENT_START = "-DOCSTART-"
 """The word of lines that separate documents."""
 
 
+COMMENT = ("# ", "#\t")
+"""What lines before a sentence that are none of its words begin with."""
 FIELDS = ("id", "tokens", "ner_tags")
 
 
@@ -57,7 +59,7 @@ def _columns(path: Path, text: str, columns: Mapping[str, str], labelled: bool) 
     if "id" in columns:
         raise UserError(f"data.columns: id: sentences in columns ({path}) have no ids; leave it out")
     lines = re.split(r"\r\n|\n|\r", text)
-    first = next((i for i, line in enumerate(lines) if not _is_apart(line) and not line.startswith("# ")), None)
+    first = next((i for i, line in enumerate(lines) if not _is_apart(line) and not line.startswith(COMMENT)), None)
     if first is None:
         raise UserError(f"{path}: holds no words")
     has_tabs = "\t" in lines[first]
@@ -79,7 +81,7 @@ def _columns(path: Path, text: str, columns: Mapping[str, str], labelled: bool) 
             sentences.append([])
             continue
         fits = len(cells) == width
-        if not sentences[-1] and line.startswith("# ") and not (fits and is_label(cells[tag])):
+        if not sentences[-1] and line.startswith(COMMENT) and not (fits and is_label(cells[tag])):
             comments.setdefault(len(sentences), []).append(number)  # such as the sentence's id; a word # has its tag
             continue
         if not fits:
@@ -91,8 +93,8 @@ def _columns(path: Path, text: str, columns: Mapping[str, str], labelled: bool) 
             f"{path}: another number of columns than line {first + 1}, which has {width} (divided by {by}), have "
             f"{len(wrong):,} of its lines: {listing(wrong)}"
         )
-    if not labelled and width > 1 and "tokens" not in columns:
-        _require_tags([cells[tag] for sentence in sentences for _, cells in sentence], path, width)
+    if "tokens" not in columns and width > 1:
+        _require_words([cells for sentence in sentences for _, cells in sentence], path, width, tag, labelled)
     return [
         Record(
             {
@@ -113,9 +115,14 @@ def _is_apart(line: str) -> bool:
     return not line.strip() or line.startswith(DOCUMENT_START)
 
 
-def _require_tags(tags: Sequence[str], path: Path, width: int) -> None:
-    """Raise `UserError` for a file that may be running text rather than columns."""
-    if not any(is_label(tag) for tag in tags):
+def _require_words(rows: Sequence[Sequence[str]], path: Path, width: int, tag: int, labelled: bool) -> None:
+    """Raise `UserError` for a file whose first column holds the words' numbers, or that may be running text."""
+    if all(cells[0].isdecimal() for cells in rows) and width > 1 + labelled:
+        raise UserError(
+            f"{path}: the first of {width} columns holds nothing but numbers; say where the words and the tags stand "
+            "(such as --data.columns '{tokens: 2, ner_tags: 3}')"
+        )
+    if not labelled and 2 * sum(is_label(cells[tag]) for cells in rows) < len(rows):
         raise UserError(
             f"{path}: its lines have {width} columns, and no tags (IOB2) in the last one. If these are columns, say "
             "where the words stand (--data.columns '{tokens: 1}'); running text is for qa-dist tag"

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qa_dist.errors import UserError, listing
+from qa_dist.errors import UserError
 from qa_dist.tasks.predictions import unmatched
 from qa_dist.tasks.task import Mark, Review, ReviewedExample, ReviewTable
 from qa_dist.tasks.token_classification.data import Example
@@ -36,15 +36,11 @@ def review(examples: Sequence[Example], windows: Sequence[int], files: Mapping[s
     lists = {key: found for key, found in rows.items() if isinstance(found, list)} if isinstance(rows, dict) else {}
     if not lists:
         raise UserError(f"{PREDICTIONS}: there are none that can be read; evaluate the model (qa-dist evaluate)")
-    missing, strangers = unmatched(PREDICTIONS, lists, [example.id for example in examples])
+    ids = [example.id for example in examples]
+    notes = unmatched(PREDICTIONS, lists, ids, "sentence", "are left out")
     given = {
         example.id: _entities(lists[example.id], len(example.words)) for example in examples if example.id in lists
     }
-    notes = []
-    if missing:
-        notes.append(f"{len(missing):,} sentences have no prediction and are left out ({listing(missing)})")
-    if strangers:
-        notes.append(f"{len(strangers):,} predictions are for no sentence of these data ({listing(strangers)})")
     known = [
         (example, entities_of(example.labels), given[example.id], count)
         for example, count in zip(examples, windows, strict=True)

@@ -1,13 +1,15 @@
 """Files of predicted entities, scored as conlleval does."""
 
+import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qa_dist.config import RunConfig
-from qa_dist.errors import UserError, listing
+from qa_dist.errors import UserError
 from qa_dist.tasks.predictions import read_mapping, unmatched
-from qa_dist.tasks.reading import content, decoded
+from qa_dist.tasks.reading import Record, content, decoded
 from qa_dist.tasks.token_classification import reading
 from qa_dist.tasks.token_classification.data import Example, check_records
 from qa_dist.tasks.token_classification.metric import score_labels
@@ -29,28 +31,37 @@ def score_file(config: RunConfig, predictions_file: Path) -> tuple[dict[str, flo
     has_labels = not _is_mapping(predictions_file, config.data.columns.get("tokens", "tokens"))
     if not has_labels:
         found = read_mapping(predictions_file, "list")
-        missing, strangers = unmatched(str(predictions_file), found, list(expected))
+        ids = list(found)
         known = [example for example in examples.items if example.id in found]
         predicted = {
             one.id: labels_for(_entities(one, found[one.id], predictions_file), len(one.words)) for one in known
         }
     else:
-        records = reading.read_file(predictions_file, config.data.columns)
+        records = _read(predictions_file, config.data.columns)
         tagged = check_records(records, str(predictions_file), names=source.names)
         notes += [f"{predictions_file}: {note}" for note in tagged.notes]
         own = {example.id: example for example in tagged.items}
-        missing, strangers = unmatched(str(predictions_file), own, list(expected))
+        ids = list(own)
         _require_same_words(examples.items, own)
         predicted = {id: example.labels for id, example in own.items()}
-    if missing:
-        notes.append(f"{len(missing):,} sentences have no prediction, as if no entity were found ({listing(missing)})")
-    if strangers:
-        notes.append(f"{len(strangers):,} predictions are for no sentence of these data ({listing(strangers)})")
+    notes += unmatched(str(predictions_file), ids, list(expected), "sentence", "score as if no entity were found")
     rows = [predicted.get(id, (OUTSIDE,) * len(labels)) for id, labels in expected.items()]
     figures = score_labels(rows, list(expected.values()))
     if not has_labels:
         del figures["accuracy"]  # which is that of labels; those of an entity's words are not in the file
     return figures, notes
+
+
+def _read(path: Path, columns: Mapping[str, str]) -> list[Record]:
+    """The file's sentences: its columns are those of the data, or else the usual ones."""
+    try:
+        return reading.read_file(path, columns)
+    except UserError:
+        if not columns:
+            raise
+        with contextlib.suppress(UserError):
+            return reading.read_file(path, {})
+        raise
 
 
 def _is_mapping(path: Path, tokens: str) -> bool:

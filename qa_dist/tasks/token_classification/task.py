@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForTokenClassification, PretrainedConfig
 
 from qa_dist.config import RunConfig
-from qa_dist.errors import UserError
+from qa_dist.errors import TrainingError, UserError
 from qa_dist.tasks.splits import Examples
 from qa_dist.tasks.task import Batch, CardWords, FeatureSet, Review, Score, Task
 from qa_dist.tasks.token_classification import features, scheme
@@ -179,6 +179,8 @@ class TokenClassification(Task):
     def score(self, outputs: dict[str, npt.NDArray[Any]], features: FeatureSet) -> Score:
         assert isinstance(features, TokenClassificationFeatures)  # what self.features made
         examples = features.examples().items
+        if not np.isfinite(outputs["score"]).all():  # which the loss of data without labels does not show
+            raise TrainingError("the model's outputs are not numbers: its weights are not usable")
         tagged = decode(outputs, features, list(self.labels))
         found = [found_entities(example, one) for example, one in zip(examples, tagged, strict=True)]
         files: dict[str, Any] = {
