@@ -12,6 +12,8 @@ from qa_dist.errors import UserError
 LINES_AT_ONCE = 1024
 """Lines that are answered together, where so many are there to be read."""
 
+NOT_JSON = "is not JSON"
+
 Say = Callable[[str], None]
 
 
@@ -40,13 +42,14 @@ class _Line:
 def answer_lines(file: BinaryIO, name: str, asking: Asking, show: Say, say: Say) -> int:
     """Answer the lines of `file`, which is called `name` in messages: a line of JSON for each. Returns exit code 2 if
     some could not be answered. Raises `UserError` if there are none."""
-    count = failed = 0
+    count = failed = not_json = 0
     for lines in _at_hand(_read(file, asking)):
         for line, result in zip(lines, _results(asking, lines), strict=True):
             count += 1
             own = {key: value for key, value in line.values.items() if key not in asking.fields | {"line", "error"}}
             if line.error is not None:
                 failed += 1
+                not_json += line.error.startswith(NOT_JSON)
                 say(f"{name}, line {line.number}: {line.error}")
                 result = {"line": line.number, "error": line.error}
             show(json.dumps(own | result, ensure_ascii=False))
@@ -54,7 +57,7 @@ def answer_lines(file: BinaryIO, name: str, asking: Asking, show: Say, say: Say)
         raise UserError(f"--input: {name}: holds no line")
     if failed:
         say(f"{failed:,} of {count:,} lines could not be answered")
-    if failed == count:
+    if not_json == count:
         say(f"each line has to be {asking.expected}; other files of data are for qa-dist predict")
     return 2 if failed else 0
 
@@ -93,7 +96,7 @@ def _read(file: BinaryIO, asking: Asking) -> Iterator[_Line]:
         except UnicodeDecodeError as error:
             line.error = f"is not UTF-8 text (byte 0x{data[error.start]:02x} at {error.start})"
         except (ValueError, RecursionError) as error:
-            line.error = f"is not JSON: {error}"
+            line.error = f"{NOT_JSON}: {error}"
         yield line
 
 

@@ -87,11 +87,10 @@ class ServingOptions(_ForTags, _ForAnswers, ModelOptions):
         _quieten()
         task = task_of(self.model, self.revision, trust_remote_code=self.trust_remote_code)
         is_tagger = task == TokenClassifier.task_name
-        own = self.own()
+        own, other = self.own(), "question answering" if is_tagger else "token classification"
         for field in fields(_ForAnswers if is_tagger else _ForTags):
             if own.pop(field.name) != field.default:
-                kind, other = ("token classification", "question answering")[:: 1 if is_tagger else -1]
-                raise UserError(f"--{field.name}: is for {other}, and {self.model} is for {kind}")
+                raise UserError(f"--{field.name}: is for {other}, which {self.model} is not for")
         if is_tagger:
             return entities(TokenClassifier.from_pretrained(self.model, **own), self.model)
         return questions(QuestionAnswerer.from_pretrained(self.model, **own), self.model)

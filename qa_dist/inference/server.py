@@ -185,7 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self.server.turn.acquire(timeout=self.server.answer_timeout):
             raise _RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "other requests are being answered; try again")
         try:
-            left = self.server.answer_timeout - (time.monotonic() - begin)
+            left = max(self.server.answer_timeout - (time.monotonic() - begin), 0.0)
             reply = self.server.served.ask(values, left)
         finally:
             self.server.turn.release()

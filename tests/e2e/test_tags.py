@@ -177,6 +177,16 @@ def command(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, s
     return (code if isinstance(code, int) else 1), output.out, output.err
 
 
+def test_a_file_of_no_json_lines_at_all(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "words.conll").write_text("Ada O\n\nlives O\n")
+    code, _, err = command(capsys, "tag", "--model", str(run), "--input", str(tmp_path / "words.conll"))
+    assert code == 2
+    assert err.endswith(
+        "2 of 2 lines could not be answered\n"
+        "each line has to be a JSON object with text or tokens; other files of data are for qa-dist predict\n"
+    )
+
+
 def test_the_command(run: Path, classifier: TokenClassifier, tmp_path: Path, capsys):
     expected = classifier(TEXT)
     code, out, err = command(capsys, "tag", "--model", str(run), "--text", TEXT)

@@ -45,10 +45,10 @@ def read_file(path: Path, columns: Mapping[str, str], labelled: bool = True) -> 
 
 
 def _is_json(text: str) -> bool:
-    """Whether it is a list or an object of JSON, or begins with a line that is an object."""
+    """Whether it is a list or an object of JSON, or begins with a line that is one; a word [] or {} is none."""
     for part in (text.split("\n", 1)[0], text) if text[:1] in ("{", "[") else ():
         with contextlib.suppress(ValueError, RecursionError):
-            return isinstance(json.loads(part), dict | list)
+            return bool(json.loads(part))
     return False
 
 
@@ -117,7 +117,7 @@ def _is_apart(line: str) -> bool:
 
 def _require_words(rows: Sequence[Sequence[str]], path: Path, width: int, tag: int, labelled: bool) -> None:
     """Raise `UserError` for a file whose first column holds the words' numbers, or that may be running text."""
-    if all(cells[0].isdecimal() for cells in rows) and width > 1 + labelled:
+    if rows and all(cells[0].isdecimal() for cells in rows) and width > 1 + labelled:
         raise UserError(
             f"{path}: the first of {width} columns holds nothing but numbers; say where the words and the tags stand "
             "(such as --data.columns '{tokens: 2, ner_tags: 3}')"
