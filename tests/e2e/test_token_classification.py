@@ -301,7 +301,7 @@ def test_recipes_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe:
             "data.unanswerable: is for question_answering, and the task is",
         ),
         ("Ada B-PER\n", ["--data.labels", "O"], "labels that are not among those to be told apart: 'B-PER' ("),
-        ("Ada B-PER\n", ["--data.stride", "47"], "data.stride: 47 tokens"),
+        ("Ada B-PER\n" * 60, ["--data.stride", "47"], "data.stride: 47 tokens"),
         (
             "Ada B-PER\n",
             ["--task", "question_answering", "--data.labels", "O"],
