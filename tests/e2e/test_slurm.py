@@ -13,6 +13,7 @@ import pytest
 
 from qa_dist.reporting.status import read_status
 from qa_dist.training.preemption import slurm_end_time
+from tests.e2e.test_token_classification import flags_of as tags_of
 from tests.helpers import ROOT, Launcher, jsonl, tiny_flags
 from tests.slurm_cluster import SlurmCluster, missing
 
@@ -109,6 +110,19 @@ def submit(cluster: SlurmCluster, tmp_path: Path) -> Iterator[Callable[..., Job]
         if cluster.job(job.id)["JobState"] not in ENDED:
             cluster.command("scancel", str(job.id))
             cluster.wait(job.id, ENDED, timeout=60)
+
+
+def test_a_job_of_token_classification_that_is_requeued_goes_on(submit, cluster: SlurmCluster, tmp_path: Path):
+    flags = tags_of(tmp_path / "cache", **{"checkpoint.every": "10 steps"})
+    alone = Launcher(tmp_path).train("zero2", 2, tmp_path / "alone", *flags)
+    assert alone.code == 0, alone.output
+    job = submit(*flags)
+    job.reaches(15)
+    cluster.command("scontrol", "requeue", str(job.id))
+    job.wait(lambda: cluster.job(job.id)["Restarts"] == "1")
+    assert job.ended()["JobState"] == "COMPLETED", job.log
+    assert_same(job.run, tmp_path / "alone")
+    assert (job.run / "predictions.json").read_bytes() == (tmp_path / "alone/predictions.json").read_bytes()
 
 
 def test_a_job_near_its_end_stops_requeues_itself_and_goes_on(submit, cluster: SlurmCluster, uninterrupted: Path):
