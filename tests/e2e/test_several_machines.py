@@ -73,8 +73,9 @@ def test_worlds_of_one_under_the_option_cpu_are_refused(tmp_path: Path):
 
 
 @pytest.mark.skipif(shutil.which("deepspeed", path=Path(sys.executable).parent) is None, reason="no deepspeed command")
-def test_worlds_of_one_under_deepspeeds_own_launcher_are_refused(tmp_path: Path):
+def test_worlds_of_one_under_deepspeeds_own_launcher_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Which Accelerate chooses by itself, and which knows of other machines only from a hostfile."""
+    monkeypatch.setenv("DS_ENV_FILE", str(tmp_path / ".deepspeed_env"))  # to which the whole environment is written
     content = yaml.safe_load((CONFIGS / "cpu_zero2.yaml").read_text())
     del content["deepspeed_config"]["deepspeed_multinode_launcher"]
     config = tmp_path / "launch.yaml"
