@@ -1,4 +1,4 @@
-"""Fine-tune extractive question-answering models on many accelerators, and use them."""
+"""Fine-tune models for question answering and token classification on many accelerators, and use them."""
 
 from typing import TYPE_CHECKING, Any
 

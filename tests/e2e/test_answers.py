@@ -20,6 +20,7 @@ from qa_dist.cli import main
 from qa_dist.config import SyntheticConfig
 from qa_dist.tasks.question_answering import synthetic
 from tests.browser import browser_page
+from tests.e2e.test_checkpoints import qa_dist as command
 from tests.helpers import ROOT, Launcher, environment, squad, tiny_flags
 
 EXAMPLES = synthetic.generate(SyntheticConfig(train_examples=12, long_share=0.3, seed=9), "train")
@@ -42,14 +43,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def answerer(run: Path) -> QuestionAnswerer:
     return QuestionAnswerer.from_pretrained(str(run), device="cpu")
-
-
-def command(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as exit_:
-        main(args)
-    output = capsys.readouterr()
-    code = exit_.value.code
-    return (code if isinstance(code, int) else 1), output.out, output.err
 
 
 def typed(*args: str, input: bytes) -> subprocess.CompletedProcess[bytes]:

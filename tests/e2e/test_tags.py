@@ -23,6 +23,7 @@ from qa_dist.config import SyntheticConfig
 from qa_dist.errors import InputError, UserError
 from qa_dist.tasks.token_classification import synthetic
 from tests.browser import browser_page
+from tests.e2e.test_checkpoints import qa_dist as command
 from tests.e2e.test_token_classification import flags_of
 from tests.helpers import ROOT, environment
 
@@ -167,14 +168,6 @@ def test_models_that_cannot_be_used(run: Path, tmp_path: Path, capsys: pytest.Ca
         TokenClassifier.from_pretrained(str(damaged), device="cpu")
     with pytest.raises(TimeoutError):
         TokenClassifier.from_pretrained(str(run), device="cpu")("word " * 5000, timeout=0.001)
-
-
-def command(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as exit_:
-        main(args)
-    output = capsys.readouterr()
-    code = exit_.value.code
-    return (code if isinstance(code, int) else 1), output.out, output.err
 
 
 def test_a_file_of_no_json_lines_at_all(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -80,15 +80,15 @@ def test_where_words_stand(tmp_path: Path):
 @pytest.mark.parametrize(
     "content",
     [
-        "# id 1 domain=en\n# x\n" + COLUMNS.replace("\n\n", "\n\n# id 2\n"),
-        "# id 1\n# newdoc\n" + COLUMNS.replace(" ", "\t").replace("\n\n", "\n\n# sent_id = 2\n"),
+        "# id 1 domain=en\n# x\n\n" + COLUMNS.replace("\n\n", "\n\n# id 2\n"),
+        "# id 1\n# newdoc\n\n" + COLUMNS.replace(" ", "\t").replace("\n\n", "\n\n# sent_id = 2\n"),
     ],
 )
 def test_comments_are_counted(tmp_path: Path, content: str, split: str):
     found = load(tmp_path / "d.conll", content, split)
     assert [e.words for e in found.items] == [tuple(r["tokens"]) for r in ROWS]
     path = f"{tmp_path}/d.conll"
-    assert found.notes == [f"3 lines that begin with # are taken for comments ({path}:1, {path}:2, {path}:9)"]
+    assert found.notes == [f"3 lines that begin with # are taken for comments ({path}:1, {path}:2, {path}:10)"]
 
 
 def test_germeval(tmp_path: Path):
@@ -121,6 +121,12 @@ def test_numbers_in_columns_are_named_by_labels(tmp_path: Path):
     assert found.labels == ("B-PER", "O")
     with pytest.raises(UserError, match=r"nothing names it \(data.labels does"):
         load(tmp_path / "d.conll", "Ada 1\nruns 0\n")
+
+
+def test_the_column_of_tags_may_be_missing_where_they_are_not_looked_at(tmp_path: Path):
+    columns = {"tokens": "1", "ner_tags": "4"}  # of the data that the model was trained on
+    (found,) = load(tmp_path / "d.conll", "Ada\nruns\n", "unlabelled", columns=columns).items
+    assert found.words == ("Ada", "runs")
 
 
 def test_the_word_that_comments_begin_with(tmp_path: Path):

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qa_dist.errors import UserError, listing
 from qa_dist.tasks.reading import Record, content, decoded, json_records, parquet_records, suffix
@@ -53,8 +54,8 @@ def _is_json(text: str) -> bool:
 
 
 def _columns(path: Path, text: str, columns: Mapping[str, str], labelled: bool) -> list[Record]:
-    """Sentences of a file in columns; `line` of each is where its first word stands, `comments` which lines before it
-    were taken for comments."""
+    """Sentences of a file in columns; `line` of each is where its first word stands. The first has `comments`: which
+    lines of the file were taken for that."""
     _require_known(columns, str(path))
     if "id" in columns:
         raise UserError(f"data.columns: id: sentences in columns ({path}) have no ids; leave it out")
@@ -71,9 +72,11 @@ def _columns(path: Path, text: str, columns: Mapping[str, str], labelled: bool) 
     if labelled and width == 1:
         raise UserError(f"{path}:{first + 1}: has one column only; the word's tag has to stand in the last one")
     word = _column(path, columns, "tokens", 1, width)
-    tag = _column(path, columns, "ner_tags", width, width)
+    # without labels the column of tags only helps to tell comments, and may be missing
+    has_tags = labelled or columns.get("ner_tags") in [str(place) for place in range(1, width + 1)]
+    tag = _column(path, columns if has_tags else {}, "ner_tags", width, width)
     sentences: list[list[tuple[int, list[str]]]] = [[]]
-    comments: dict[int, list[int]] = {}
+    comments: list[str] = []
     wrong: list[str] = []
     for number, line in enumerate(lines, start=1):
         cells = cells_of(line)
@@ -82,7 +85,7 @@ def _columns(path: Path, text: str, columns: Mapping[str, str], labelled: bool) 
             continue
         fits = len(cells) == width
         if not sentences[-1] and line.startswith(COMMENT) and not (fits and is_label(cells[tag])):
-            comments.setdefault(len(sentences), []).append(number)  # such as the sentence's id; a word # has its tag
+            comments.append(f"{path}:{number}")  # such as the sentence's id; a word # has its tag
             continue
         if not fits:
             wrong.append(f"{path}:{number} has {len(cells)}")
@@ -95,19 +98,14 @@ def _columns(path: Path, text: str, columns: Mapping[str, str], labelled: bool) 
         )
     if "tokens" not in columns and width > 1:
         _require_words([cells for sentence in sentences for _, cells in sentence], path, width, tag, labelled)
-    return [
-        Record(
-            {
-                "tokens": [cells[word] for _, cells in sentence],
-                "line": sentence[0][0],
-                "comments": [f"{path}:{number}" for number in comments.get(place, ())],
-                **({"ner_tags": [cells[tag] for _, cells in sentence]} if labelled else {}),
-            },
-            f"{path}:{sentence[0][0]}",
-        )
-        for place, sentence in enumerate(sentences, start=1)
-        if sentence
-    ]
+    records = []
+    for sentence in filter(None, sentences):
+        line, tokens = sentence[0][0], [cells[word] for _, cells in sentence]
+        values: dict[str, Any] = {"tokens": tokens, "line": line, "comments": [] if records else comments}
+        if labelled:
+            values["ner_tags"] = [cells[tag] for _, cells in sentence]
+        records.append(Record(values, f"{path}:{line}"))
+    return records
 
 
 def _is_apart(line: str) -> bool:
