@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -28,12 +29,8 @@ def publish_directory(target: Path, write: Callable[[Path], None]) -> None:
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    try:
+    with _disk_errors(target):
         write(temporary)
-    except OSError as error:
-        if error.errno is not None:  # safetensors does not say where the disk is full
-            error.filename = error.filename or str(target)
-        raise
     umask = os.umask(0)
     os.umask(umask)
     for path in sorted(temporary.rglob("*")):
@@ -41,6 +38,21 @@ def publish_directory(target: Path, write: Callable[[Path], None]) -> None:
             path.chmod(0o666 & ~umask)
         flush(path)
     put_in_place(temporary, target)
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """What the disk says, as the `OSError` that it is, and with the path: safetensors hides either."""
+    try:
+        yield
+    except SafetensorError as error:
+        if not (found := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
+        raise
 
 
 def put_in_place(temporary: Path, target: Path) -> None:
@@ -78,7 +90,8 @@ def shard_name(rank: int, world_size: int) -> str:
 def write_shard(directory: Path, name: str, tensors: dict[str, Tensor]) -> File:
     """Write one rank's tensors, and wait until they are on the disk."""
     path = directory / name
-    save_file(tensors, path)
+    with _disk_errors(path):
+        save_file(tensors, path)
     flush(path)
     return File.of(path)
 

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,32 @@ from qa_dist.checkpoint.store import publish_directory
 from qa_dist.errors import UserError
 from qa_dist.reporting.run_directory import RunDirectory, StoppedError, require_free
 from qa_dist.reporting.status import read_status
+
+
+def test_a_disk_that_takes_no_more_is_named(tmp_path: Path):
+    """A limit on the size of files stands for a full disk: a file that the system refuses to make longer."""
+    script = """
+import resource, sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from qa_dist.checkpoint.store import publish_directory, write_shard
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+target, large = Path(sys.argv[1]), {"weight": torch.zeros(1_000_000)}
+for write in (
+    lambda: publish_directory(target, lambda directory: save_file(large, directory / "model.safetensors")),
+    lambda: write_shard(target.parent, "state.safetensors", large),
+):
+    try:
+        write()
+    except OSError as error:
+        print(error.strerror, error.filename, sep="|")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "model")], capture_output=True, text=True, check=True
+    )
+    names = [tmp_path / "model", tmp_path / "state.safetensors"]
+    assert done.stdout.splitlines() == [f"File too large|{name}" for name in names]
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_failed_write_leaves_the_old_directory(tmp_path: Path):
