@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,11 +32,9 @@ def publish_directory(target: Path, write: Callable[[Path], None]) -> None:
     temporary.mkdir(parents=True)
     with _disk_errors(target):
         write(temporary)
-    umask = os.umask(0)
-    os.umask(umask)
     for path in sorted(temporary.rglob("*")):
-        if path.is_file():  # safetensors writes files that only their owner can read
-            path.chmod(0o666 & ~umask)
+        if path.is_file():
+            use_default_mode(path)
         flush(path)
     put_in_place(temporary, target)
 
@@ -67,6 +66,21 @@ def put_in_place(temporary: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def use_default_mode(path: Path) -> None:
+    """Give a file the mode that new files get there: safetensors writes files that only their owner can read.
+
+    The mode is that of an empty file made for the purpose. So it follows the umask, which a thread cannot read without
+    changing it for the others, and the default access control list of a shared directory.
+    """
+    probe = path.with_name(f".{path.name}.mode")
+    probe.unlink(missing_ok=True)
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        path.chmod(mode)
+
+
 def flush(path: Path) -> None:
     """Wait until a file or a directory is on the disk, not only in memory."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -92,6 +106,7 @@ def write_shard(directory: Path, name: str, tensors: dict[str, Tensor]) -> File:
     path = directory / name
     with _disk_errors(path):
         save_file(tensors, path)
+    use_default_mode(path)
     flush(path)
     return File.of(path)
 

@@ -4,13 +4,18 @@ import contextlib
 import json
 import os
 import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from qa_dist.checkpoint.manifest import Manifest
 from qa_dist.checkpoint.store import publish_directory
+from qa_dist.checkpoint.writer import CheckpointWriter, Retention
 from qa_dist.errors import UserError
 from qa_dist.reporting.run_directory import RunDirectory, StoppedError, require_free
 from qa_dist.reporting.status import read_status
@@ -59,6 +64,40 @@ def test_a_failed_write_leaves_the_old_directory(tmp_path: Path):
     (target / "b").write_text("gone with the old one")
     publish_directory(target, write)
     assert [p.name for p in tmp_path.rglob("*")] == ["model", "a"]
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_files_and_directories_follow_the_umask(umask: int, tmp_path: Path):
+    """Whoever may read one file of a checkpoint or of a model may read all of them."""
+    before = os.umask(umask)
+    try:
+        root = tmp_path / "run/checkpoints"
+        weights = {"weight/w": torch.zeros(3)}
+        writer = CheckpointWriter(
+            root,
+            0,
+            1,
+            is_local_main=True,
+            exchange=lambda value: [value],
+            retention=Retention(1, 0),
+            companions=lambda directory: (directory / "config.json").write_text("{}"),
+        )
+        writer.submit(weights, Manifest(1, 1, "", 1, {}, "", {}, None, {"weight/w": [3]}, {}))
+        writer.wait()
+        assert writer.news() == []
+
+        def write(directory: Path) -> None:
+            (directory / "nested").mkdir()
+            save_file(weights, directory / "nested/model.safetensors")
+
+        publish_directory(tmp_path / "run/model", write)
+    finally:
+        os.umask(before)
+    found = {path.relative_to(tmp_path): path for path in tmp_path.rglob("*")}
+    names = {path.name for path in found}
+    assert {"state-00000-of-00001.safetensors", "manifest.json", "config.json", "model.safetensors"} <= names
+    modes = {name: stat.S_IMODE(path.stat().st_mode) for name, path in found.items()}
+    assert modes == {name: (0o777 if path.is_dir() else 0o666) & ~umask for name, path in found.items()}
 
 
 def recorded(path: Path, error: BaseException | None = None, step: int = 0, is_main: bool = True) -> None:
