@@ -65,7 +65,7 @@ def _answer_file(options: AnswerOptions, name: str, show: Say, say: Say) -> int:
     with _opened(name) as file:
         answerer = options.answering.load()
 
-        def ask(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        def ask(lines: list[dict[str, Any]]) -> list[dict[str, Any] | UserError]:
             results = answerer([(line["question"], line["context"]) for line in lines], top_k=options.top_k)
             return [{"answers": result} if isinstance(result, list) else result for result in results]
 
@@ -116,7 +116,7 @@ def _tag_file(options: TagOptions, name: str, show: Say, say: Say) -> int:
     with _opened(name) as file:
         classifier = options.tagging.load()
 
-        def ask(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        def ask(lines: list[dict[str, Any]]) -> list[dict[str, Any] | UserError]:
             return [{"entities": entities} for entities in classifier([text_of(line) for line in lines])]
 
         def problem(line: dict[str, Any]) -> str | None:

@@ -23,8 +23,9 @@ class Asking:
 
     problem: Callable[[dict[str, Any]], str | None]
     """What is wrong with a line's values; None if nothing is."""
-    ask: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
-    """The fields of the answers to good lines. Raises `UserError` if one of them cannot be answered."""
+    ask: Callable[[list[dict[str, Any]]], list[dict[str, Any] | UserError]]
+    """The fields of the answer to each of several good lines, or why there is none. Raises `UserError` if one of them
+    cannot be answered."""
     fields: frozenset[str]
     """Names of a line's fields that are not passed on: what was asked, and what would be taken for the answer's."""
     expected: str
@@ -65,7 +66,7 @@ def answer_lines(file: BinaryIO, name: str, asking: Asking, show: Say, say: Say)
 def _results(asking: Asking, lines: list[_Line]) -> list[dict[str, Any]]:
     """The answer to each line, empty for one with an error. Errors of single lines are noted in them."""
     good = [line for line in lines if line.error is None]
-    answers: list[dict[str, Any]] = []
+    answers: list[dict[str, Any] | UserError] = []
     try:
         answers = asking.ask([line.values for line in good]) if good else []
     except UserError:  # one of them cannot be answered: which, is seen one by one
@@ -73,11 +74,14 @@ def _results(asking: Asking, lines: list[_Line]) -> list[dict[str, Any]]:
             try:
                 answers += asking.ask([line.values])
             except UserError as error:
-                line.error = str(error)
-                answers.append({})
-    found = iter(answers)
-    is_good = {id(line) for line in good}
-    return [next(found) if id(line) in is_good else {} for line in lines]
+                answers.append(error)
+    results: dict[int, dict[str, Any]] = {}
+    for line, answer in zip(good, answers, strict=True):
+        if isinstance(answer, UserError):
+            line.error = str(answer)
+        else:
+            results[id(line)] = answer
+    return [results.get(id(line), {}) for line in lines]
 
 
 def _read(file: BinaryIO, asking: Asking) -> Iterator[_Line]:

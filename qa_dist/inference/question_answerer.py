@@ -139,8 +139,11 @@ class QuestionAnswerer:
         scores may be a little higher, as those of the pipeline were. `handle_impossible_answer`: whether "" may be the
         answer: by default if the model has a threshold for it; where it has none, "" competes by its probability.
 
-        Raises `InputError` (a `ValueError`) for an empty question or context and for a question that leaves no room
-        for a context, naming it, and `TimeoutError` if all this takes more than `timeout` seconds.
+        A question with so many tokens that they leave no room for a context is an error for that question alone: in a
+        list or a stream its place holds an `InputError` (a `ValueError`), which is not raised there.
+
+        Raises `InputError` for an empty question or context, naming it, and for a single question that leaves no room,
+        and `TimeoutError` if all this takes more than `timeout` seconds.
         """
         require_whole_number("top_k", top_k, MOST_ANSWERS)
         how = (top_k, handle_impossible_answer, until(timeout))
@@ -150,7 +153,10 @@ class QuestionAnswerer:
             if not isinstance(context, str):
                 raise InputError("context: is not a text; to one question belongs one context")
             _require_texts(question, context)
-            return self._answer([(question, context)], *how)[0]
+            (answer,) = self._answer([(question, context)], *how)
+            if isinstance(answer, InputError):
+                raise answer
+            return answer
         if not isinstance(question, Iterable):
             raise InputError(f"question: is neither a text nor several of them, but {type(question).__name__}")
         if context is None and not isinstance(question, Sequence):
@@ -159,24 +165,32 @@ class QuestionAnswerer:
         return list(self._stream(iter(pairs), *how))
 
     def _stream(self, questions: Iterator[Question], *how: Any) -> Iterator[Any]:
-        """Answers in the order of `questions`, of which no more are taken than are answered together."""
+        """Answers, or the error of a question, in the order of `questions`, of which no more are taken than are
+        answered together."""
         for chunk in chunks(_checked(questions), lambda pair: len(pair[1])):
             yield from self._answer(chunk, *how)
 
     def _answer(
         self, pairs: list[tuple[str, str]], top_k: int, impossible: bool | None, meanwhile: Callable[[], None]
     ) -> list[Any]:
+        """For each pair its answers, or an `InputError` if the question leaves no room for a context."""
         if impossible is None:
             impossible = self.no_answer_threshold is not None
         examples = [Example(str(i), question, context, (), ()) for i, (question, context) in enumerate(pairs)]
         try:
             windows = self.reader.windows(lambda: self.task.windows(examples, whole_words=self.align_to_words))
         except NoRoomError as error:
-            question = pairs[int(error.places[0])][0]
-            raise InputError(
-                f"the question has {error.lengths[0]:,} tokens, and may have {error.longest} to leave room for its "
-                f"context; shorten it ({question!r:.80})"
-            ) from None
+            places = error.places.tolist()
+            errors = {
+                place: InputError(
+                    f"the question has {length:,} tokens, and may have {error.longest} to leave room for its context; "
+                    f"shorten it ({pairs[place][0]!r:.80})"
+                )
+                for place, length in zip(places, error.lengths.tolist(), strict=True)
+            }
+            rest = [pair for i, pair in enumerate(pairs) if i not in errors]
+            answers = iter(self._answer(rest, top_k, impossible, meanwhile) if rest else [])
+            return [errors[i] if i in errors else next(answers) for i in range(len(pairs))]
         # Some of the spans become one answer.
         count = 2 * top_k + 10 if self.align_to_words else top_k
         spans = self._spans(windows, count, meanwhile)

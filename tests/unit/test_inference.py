@@ -1,5 +1,6 @@
 """`QuestionAnswerer`: the removed pipeline's answers, in batches, from threads, and its errors."""
 
+import io
 import itertools
 import json
 import shutil
@@ -21,6 +22,7 @@ from transformers import (
 from qa_dist import QuestionAnswerer
 from qa_dist.config import SyntheticConfig
 from qa_dist.errors import InputError, UserError
+from qa_dist.inference.lines import Asking, answer_lines
 from qa_dist.tasks.question_answering import synthetic
 from tests.helpers import SIZES
 from tests.pipeline_reference import pipeline_answers
@@ -305,6 +307,46 @@ def test_what_cannot_be_asked(bert: QuestionAnswerer, question: Any, context: An
     with pytest.raises(InputError, match=message) as caught:
         bert(question, context)
     assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_a_question_that_is_too_long_is_an_error_for_itself_alone(bert: QuestionAnswerer, top_k: int):
+    context = PAIRS[0][1]
+    asked = [("Who? " * 100, "text"), *PAIRS[:3], ("Why? " * 60, context), PAIRS[3], ("When? " * 100, context)]
+    found = bert(asked, top_k=top_k)
+    for place in (0, 4, 6):
+        tokens = len(bert.task.tokenizer(asked[place][0], add_special_tokens=False)["input_ids"])
+        assert isinstance(found[place], InputError)
+        assert f"the question has {tokens} tokens, and may have" in str(found[place])
+        assert asked[place][0][:40] in str(found[place])
+    assert [one for one in found if not isinstance(one, InputError)] == bert(PAIRS[:4], top_k=top_k)
+    assert [str(one) for one in bert(iter(asked), top_k=top_k)] == [str(one) for one in found]
+    alone = bert([asked[0]], top_k=top_k)
+    assert [type(one) for one in alone] == [InputError], "a list, though of one question"
+
+
+def test_a_line_with_a_question_that_is_too_long_is_an_error_for_itself_alone(models):
+    lines = [{"question": question, "context": context, "id": i} for i, (question, context) in enumerate(PAIRS[:3])]
+    lines.insert(1, {"question": "Who? " * 100, "context": "text", "id": "long"})
+    shown: list[str] = []
+    said: list[str] = []
+    asked: list[int] = []
+    answerer = QuestionAnswerer.from_pretrained(str(models["bert"]), device="cpu")
+
+    def ask(values: list[dict[str, Any]]) -> list[Any]:
+        asked.append(len(values))
+        return answerer([(value["question"], value["context"]) for value in values])
+
+    asking = Asking(lambda _: None, ask, frozenset({"question", "context"}), "a JSON object")
+    file = io.BytesIO("\n".join(map(json.dumps, lines)).encode())
+    assert answer_lines(file, "lines", asking, shown.append, said.append) == 2
+    results = [json.loads(line) for line in shown]
+    assert [result["id"] for result in results] == [0, "long", 1, 2]
+    assert [result.get("answer") for result in results if result["id"] != "long"] == [
+        answer["answer"] for answer in answerer(PAIRS[:3])
+    ]
+    assert results[1]["line"] == 2 and "the question has 300 tokens" in results[1]["error"]
+    assert sum(asked) == 4, "no line is answered twice"
 
 
 def test_wrong_arguments(models, bert: QuestionAnswerer):
