@@ -168,22 +168,33 @@ def verified(root: Path, *, may_be_missing: bool = False) -> Iterator[Found]:
         yield Found(one.path, one.step, one.manifest, problem)
 
 
-def thin_out(root: Path, keep_last: int, keep_best: int, never: Collection[int] = ()) -> list[int]:
+def thin_out(root: Path, keep_last: int, keep_best: int, never: Collection[int] = ()) -> dict[Path, str]:
     """Remove all checkpoints but the newest `keep_last`, the best `keep_best` by score, and the steps in `never`.
-    Returns the steps that were removed. What is not complete is not counted, and left to `tidy`."""
+
+    Incomplete checkpoints are not counted, and left to `tidy`. Returns the directories that could not be removed, each
+    with the reason.
+    """
     complete = [one for one in checkpoints(root) if one.manifest is not None]
     scored = [one for one in complete if one.manifest and one.manifest.score is not None]
     scored.sort(key=lambda one: (one.manifest.score or 0.0) if one.manifest else 0.0, reverse=True)
     kept = {one.step for one in complete[:keep_last]} | {one.step for one in scored[:keep_best]} | set(never)
-    removed = [one for one in complete if one.step not in kept]
-    for one in removed:
+    for doomed in root.glob(".step_*.gone"):  # what could not be removed before, perhaps because it was being read
+        shutil.rmtree(doomed, ignore_errors=True)
+    problems = {}
+    for one in complete:
+        if one.step in kept:
+            continue
         # renamed first: what is half removed has no name of a checkpoint
         doomed = one.path.with_name(f".{one.path.name}.gone")
-        shutil.rmtree(doomed, ignore_errors=True)
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
+        try:
             one.path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-    return [one.step for one in removed]
+            shutil.rmtree(doomed)
+        except FileNotFoundError:  # another process was faster
+            pass
+        except OSError as error:
+            left = doomed if doomed.is_dir() else one.path
+            problems[left] = error.strerror or str(error)
+    return problems
 
 
 def recover(root: Path) -> None:

@@ -5,6 +5,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,8 @@ class CheckpointWriter:
         self.problem: str | None = None
         """Why the last checkpoint could not be written; None if it was."""
         self._news: list[str] = []
+        self._not_removed: set[str] = set()
+        """Directories of old checkpoints that could not be removed, of which the user was warned."""
         self._thread: threading.Thread | None = None
 
     def submit(self, tensors: dict[str, Tensor], manifest: Manifest) -> None:
@@ -152,11 +155,22 @@ class CheckpointWriter:
         if problems:
             return problems
 
-        def thin() -> None:
-            if keeps_own:
-                thin_out(self.root, self.retention.keep_last, self.retention.keep_best, {manifest.step})
+        def thin() -> list[tuple[str, str]]:
+            if not keeps_own:
+                return []
+            left = thin_out(self.root, self.retention.keep_last, self.retention.keep_best, {manifest.step})
+            return [(str(path), reason) for path, reason in left.items()]
 
-        return self._all(thin)[1]
+        left, problems = self._all(thin)
+        for path, reason in [*chain.from_iterable(filter(None, left)), *((str(self.root), p) for p in problems)]:
+            self._warn_of(path, reason)
+        return []  # the new checkpoint is complete, whatever happens to older ones
+
+    def _warn_of(self, path: str, reason: str) -> None:
+        """Report an old checkpoint that could not be removed, each directory once."""
+        if path not in self._not_removed:
+            self._not_removed.add(path)
+            self._news.append(f"warning: the old checkpoint in {path} could not be removed: {reason}")
 
     def _all(self, action: Callable[[], Any]) -> tuple[list[Any], list[str]]:
         """Do `action` on all ranks. Returns their results, and the problems of any."""

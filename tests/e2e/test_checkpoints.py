@@ -22,6 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qa_dist.checkpoint.store import checkpoints, thin_out
 from qa_dist.cli import main
 from tests.helpers import ROOT, TINY_BERT, Launcher, environment, jsonl, tiny_flags
 
@@ -395,6 +396,45 @@ def test_a_disk_that_has_no_room_is_told_and_training_goes_on(finished: Path, tm
 
 
 # ------------------------------------------------------------------------------------------- looking at them
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(finished: Path, tmp_path: Path, capsys):
+    """The new one is complete, so the run goes on, and ends as it would have."""
+    run = tmp_path / "run"
+    obstacle = run / "checkpoints/.step_00000004.gone"  # where that checkpoint is to be moved before it is removed
+    obstacle.parent.mkdir(parents=True)
+    obstacle.touch()
+    code, shown, message = train(capsys, run, "--checkpoint.keep_last", "1")
+    assert code == 0, message
+    assert json.loads((run / "status.json").read_text())["state"] == "completed"
+    warning = f"the old checkpoint in {run}/checkpoints/step_00000004 could not be removed: Not a directory"
+    assert shown.count(warning) == 1
+    assert shown.count("could not be") == 1
+    assert sorted(path.name for path in (run / "checkpoints").glob("step_*")) == ["step_00000004", "step_00000026"]
+    assert losses(run) == losses(finished)
+
+
+def test_what_is_left_of_an_old_checkpoint_is_named_and_tried_again(cut_off: Path):
+    """A file system in it keeps it from being removed, or a directory without permission to write."""
+    root = cut_off / "checkpoints"
+    inner = root / "step_00000020/inner"
+    (inner / "empty").mkdir(parents=True)
+    is_mounted = not subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(inner)], capture_output=True).returncode
+    if not is_mounted and os.geteuid() == 0:
+        pytest.skip("this user may remove everything, and not mount a file system")
+    inner.chmod(0o500)
+    left = root / ".step_00000020.gone"
+    try:
+        assert list(thin_out(root, 1, 0)) == [left]
+        assert [one.step for one in checkpoints(root)] == [24]
+        assert thin_out(root, 1, 0) == {}
+        assert left.exists()
+    finally:
+        if is_mounted:
+            subprocess.run(["umount", str(left / "inner")], check=True)
+    (left / "inner").chmod(0o700)
+    assert thin_out(root, 1, 0) == {}
+    assert not left.exists()
 
 
 def test_listing_and_verifying(cut_off: Path, capsys):
