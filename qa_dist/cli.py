@@ -154,7 +154,9 @@ def _dispatch(args: list[str]) -> int:
     if command == "report":
         return _report(args)
     if command.startswith("checkpoint "):
-        return _checkpoint(command, args)
+        from qa_dist.training import checkpoint_commands
+
+        return checkpoint_commands.run(command, args, COMMANDS[command], show=_show, say=_say)
     if command == "hub push":
         return _push(args)
     if command == "config get":
@@ -321,44 +323,6 @@ def _score(config: RunConfig, options: dict[str, str | None]) -> int:
         _tell(f"qa-dist: note: {note}")
     print(json.dumps(figures, indent=2))
     return 0
-
-
-def _checkpoint(command: str, args: list[str]) -> int:
-    """List, verify or export; exit code 1 where something is damaged."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from qa_dist.checkpoint.store import checkpoints, verified
-    from qa_dist.training.export import export_checkpoint
-    from qa_dist.training.resume import DIRECTORY
-
-    dtype = "float32"
-    if "--dtype" in args[:-1]:
-        place = args.index("--dtype")
-        dtype = args[place + 1]
-        del args[place : place + 2]
-    if len(args) != (2 if command == "checkpoint export" else 1) or args[0].startswith("-"):
-        print(f"usage: qa-dist {command} …\n{COMMANDS[command]}", file=sys.stderr)
-        return 0 if args in (["-h"], ["--help"]) else 2
-    path = Path(args[0])
-    if command == "checkpoint export":
-        export_checkpoint(path, Path(args[1]), dtype)
-        return 0
-    root = path / DIRECTORY if (path / DIRECTORY).is_dir() else path
-    found = list(verified(root) if command == "checkpoint verify" else checkpoints(root))
-    if not found:
-        raise UserError(f"{path}: holds no checkpoints; name a run directory")
-    table = Table("checkpoint", "epoch", "score", "MB", "written by", "state")
-    for one in found:
-        manifest, cells = one.manifest, ["", "", "", ""]
-        if manifest is not None:
-            score = "" if manifest.score is None else f"{manifest.score:.3f}"
-            size = sum(file.size for file in manifest.files.values()) / 1e6
-            cells = [str(manifest.epoch), score, f"{size:,.1f}", manifest.engine]
-        good = "verified" if command == "checkpoint verify" else "complete"
-        table.add_row(one.path.name, *cells, one.problem or good)
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
-    return 1 if any(one.problem for one in found) else 0
 
 
 def _report(args: list[str]) -> int:

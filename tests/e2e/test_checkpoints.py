@@ -456,8 +456,10 @@ def test_listing_and_verifying(cut_off: Path, capsys):
 def test_exporting_a_checkpoint(cut_off: Path, tmp_path: Path, capsys):
     target = tmp_path / "model"
     step = cut_off / "checkpoints/step_00000024"
-    code, _, message = qa_dist(capsys, "checkpoint", "export", step, target)
+    code, shown, message = qa_dist(capsys, "checkpoint", "export", step, target)
     assert code == 0, message
+    size = sum(file.stat().st_size for file in target.iterdir()) / 1e6
+    assert shown == f"exported {step} to {target} (float32, {size:,.1f} MB)\n"
     exported = load_file(target / "model.safetensors")
     stored = load_file(shard_of(cut_off))
     assert all(torch.equal(tensor, stored[f"weight/{name}"]) for name, tensor in exported.items())
