@@ -1,13 +1,16 @@
 """Precision, recall and F1 of entities equal conlleval's and seqeval's, whatever the labels are."""
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qa_dist.tasks.token_classification.metric import EntityMetric, score_labels
-from qa_dist.tasks.token_classification.scheme import Entity, entities_of, in_order, is_label, loose_starts
+from qa_dist.tasks.token_classification.scheme import OUTSIDE, Entity, entities_of, in_order, is_label, loose_starts
+from tests.seqeval_figures import FILE
 
 LABELS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC", "B-creative-work", "I-creative-work"]
 
@@ -62,26 +65,59 @@ def test_figures_equal_conllevals(pair: tuple[list[list[str]], list[list[str]]])
     assert {name: figures[name] for name in ("precision", "recall", "f1")} == pytest.approx(conlleval(*pair), rel=1e-12)
 
 
-@given(sentences())
-@settings(max_examples=500, deadline=None)
-def test_figures_equal_seqevals(pair: tuple[list[list[str]], list[list[str]]]):
-    metrics = pytest.importorskip("seqeval.metrics", reason="seqeval is not installed")
-    own = score_labels(*pair)
-    predictions, references = pair
-    arguments = {"y_true": references, "y_pred": predictions, "zero_division": 0}
-    assert own["precision"] == pytest.approx(100 * metrics.precision_score(**arguments), rel=1e-12)
-    assert own["recall"] == pytest.approx(100 * metrics.recall_score(**arguments), rel=1e-12)
-    assert own["f1"] == pytest.approx(100 * metrics.f1_score(**arguments), rel=1e-12)
-    assert own["accuracy"] == pytest.approx(100 * metrics.accuracy_score(references, predictions), rel=1e-12)
-    if not any(entities_of(labels) for labels in (*predictions, *references)):
-        return  # its report cannot do without
-    report = metrics.classification_report(**arguments, output_dict=True)
-    by_type = {name: figures for name, figures in report.items() if not name.endswith(" avg")}
-    assert {name.removesuffix("_number") for name in own if name.endswith("_number")} == set(by_type)
-    for name, figures in by_type.items():
-        assert own[f"{name}_number"] == figures["support"]
-        for ours, theirs in (("precision", "precision"), ("recall", "recall"), ("f1", "f1-score")):
-            assert own[f"{name}_{ours}"] == pytest.approx(100 * figures[theirs], rel=1e-12)
+@pytest.fixture(scope="module")
+def seqeval() -> list[dict[str, Any]]:
+    """Return figures of seqeval 1.2.2, which tests/seqeval_figures.py has recorded."""
+    cases = json.loads(FILE.read_text())["cases"]
+    for case in cases:
+        for key in ("predictions", "references"):
+            case[key] = [[case["labels"][int(digit)] for digit in sentence] for sentence in case[key]]
+    return cases
+
+
+def without_loose(labels: Sequence[str]) -> list[str]:
+    """Return `labels` with O in place of each entity that begins with I-: strict IOB2 knows no such entities."""
+    loose = set(loose_starts(labels))
+    outside = {i for entity in entities_of(labels) if entity.start in loose for i in range(entity.start, entity.end)}
+    return [OUTSIDE if i in outside else label for i, label in enumerate(labels)]
+
+
+def require_seqevals(
+    predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]], recorded: dict[str, list[float]]
+) -> None:
+    own = score_labels(predictions, references)
+    assert {name.removesuffix("_number") for name in own if name.endswith("_number")} == set(recorded) - {""}
+    for name, (precision, recall, f1, *number) in recorded.items():
+        prefix = f"{name}_" if name else ""
+        assert own[f"{prefix}precision"] == pytest.approx(100 * precision, rel=1e-12)
+        assert own[f"{prefix}recall"] == pytest.approx(100 * recall, rel=1e-12)
+        assert own[f"{prefix}f1"] == pytest.approx(100 * f1, rel=1e-12)
+        assert not number or [own[f"{prefix}number"]] == number
+
+
+def test_figures_equal_seqevals(seqeval: list[dict[str, Any]]):
+    """In its default mode, which reads ill-formed sequences as conlleval does."""
+    for case in seqeval:
+        require_seqevals(case["predictions"], case["references"], case["default"])
+        accuracy = score_labels(case["predictions"], case["references"])["accuracy"]
+        assert accuracy == pytest.approx(100 * case["accuracy"], rel=1e-12)
+
+
+def test_entities_that_begin_with_b_equal_seqevals_strict_iob2(seqeval: list[dict[str, Any]]):
+    for case in seqeval:
+        predictions, references = ([without_loose(row) for row in case[key]] for key in ("predictions", "references"))
+        require_seqevals(predictions, references, case["strict"])
+
+
+def test_the_recorded_cases_differ(seqeval: list[dict[str, Any]]):
+    """With and without ill-formed sequences, right and wrong; else the comparisons above would say little."""
+    different = [case for case in seqeval if case["default"] != case["strict"]]
+    assert 0.3 * len(seqeval) < len(different) < 0.7 * len(seqeval)
+    assert any(0 < case["default"][""][2] < 1 for case in different)
+    assert {len(case["labels"]) for case in seqeval} == {3, 5, 7, 9}
+    for case in seqeval:
+        if not any(loose_starts(row) for key in ("predictions", "references") for row in case[key]):
+            assert case["default"] == case["strict"]
 
 
 @pytest.mark.parametrize(
