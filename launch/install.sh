@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Install qa_dist with the tested versions into .venv, which is made if it isn't there.
 #   launch/install.sh [EXTRA ...]        extras: test, dev
-# Does nothing when that has been done before and neither pyproject.toml nor the constraints have changed since.
+# Prints a line for each stage, with its duration. Does nothing when that has been done before and neither pyproject.toml
+# nor the constraints have changed since; goes on where an interrupted attempt has stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -23,37 +24,75 @@ if [ -z "$python" ]; then
     exit 2
 fi
 if ! command -v g++ >/dev/null; then
-    echo "launch/install.sh: g++ was not found; DeepSpeed compiles a small extension at first use. Install g++" >&2
+    echo "launch/install.sh: g++ was not found; DeepSpeed compiles a small extension with it. Install g++" >&2
     exit 2
 fi
 
-# an interrupted attempt may have left a directory without a working Python
-"$venv/bin/python" -c 'import pip' 2>/dev/null || "$python" -m venv --clear "$venv"
-pip() { "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --constraint launch/constraints.txt "$@"; }
+log=$(mktemp "${TMPDIR:-/tmp}/qa_dist-install-XXXXXX.log")
+trap 'echo; echo "launch/install.sh: interrupted; the same command goes on from here" >&2; rm -f "$log"; exit 130' INT TERM
 
-echo "installing qa_dist into $venv …"
-# PyPI's torch for Linux brings gigabytes of CUDA packages. Without an NVIDIA GPU, take the CPU build: from the
-# package sources that pip is set up with, if they have it, else from PyTorch's own index.
-torch=$(grep '^torch==' launch/constraints.txt)
-if [ "$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then
-    "$venv/bin/python" -c "import importlib.metadata as m, sys; sys.exit(m.version('torch').split('+')[0] != '${torch#torch==}')" 2>/dev/null ||
-        pip "$torch+cpu" 2>/dev/null ||
-        pip "$torch" --index-url "${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}"
-fi
-# DeepSpeed comes as source: its build must see the pinned versions too
+stage() { # NAME COMMAND [ARGUMENT ...]
+    local name=$1 start=$SECONDS
+    shift
+    printf '  %-42s' "$name …"
+    echo "--- $name" >>"$log"
+    if "$@" >>"$log" 2>&1 </dev/null; then
+        printf '%4d s\n' $((SECONDS - start))
+        return
+    fi
+    printf 'failed after %d s\n' $((SECONDS - start))
+    {
+        sed -n "/^--- $name/,\$p" "$log" | tail -n 15 | sed 's/^/    /'
+        echo "launch/install.sh: failed at \"$name\"; all of the output is in $log"
+        echo "If packages cannot be downloaded, check the network, the proxy (HTTPS_PROXY) and pip's index (pip config list);"
+        echo "if a disk is full, make room (TMPDIR names another place for temporary files). Then run the same command again:"
+        echo "it goes on with what is missing. To start from nothing, remove $venv first."
+    } >&2
+    exit 1
+}
+
+make_environment() {
+    # an interrupted attempt may have left a directory without a working Python
+    "$venv/bin/python" -c 'import pip' 2>/dev/null || "$python" -m venv --clear "$venv"
+}
+
+# For builds too, such as DeepSpeed's. Wheels only: a source package could need, to be built, what is not pinned.
 export PIP_CONSTRAINT=$PWD/launch/constraints.txt
-pip "$torch" setuptools wheel
+pip() { "$venv/bin/python" -m pip install --quiet --no-input --disable-pip-version-check --no-build-isolation "$@"; }
+wheels() { pip --only-binary :all: "$@"; }
+
+# PyPI's torch for Linux brings gigabytes of CUDA packages. Without an NVIDIA GPU, take the CPU build: from the package
+# sources that pip is set up with, if they have it, else from PyTorch's own index, which lacks what torch needs.
+torch=$(grep '^torch==' launch/constraints.txt)
+install_torch() {
+    if [ "$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then
+        "$venv/bin/python" -c "import importlib.metadata as m, sys; sys.exit(m.version('torch').split('+')[0] != '${torch#torch==}')" 2>/dev/null ||
+            wheels --no-deps "$torch+cpu" ||
+            wheels --no-deps "$torch" --index-url "${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}" || return
+    fi
+    wheels "$torch"
+}
+
 # As an entry of the path: setuptools' default would be looked at after the current directory, in which a clone named
 # qa_dist would be taken for the package.
-pip --no-build-isolation --config-settings editable_mode=compat --editable ".${extras:+[$extras]}"
+install_package() { wheels --config-settings editable_mode=compat --editable ".${extras:+[$extras]}"; }
+
 # Compile DeepSpeed's communication extension now, in one process, rather than in all ranks of the first run. It
 # depends on the environment's path, so one shared by several would be compiled again and again.
-export TORCH_EXTENSIONS_DIR=$PWD/$venv/torch_extensions
-"$venv/bin/python" -W ignore - >/dev/null 2>&1 <<'PYTHON' || true
-import os
-os.environ["DS_ACCELERATOR"] = "cpu"
-os.environ["PATH"] = os.path.join(os.getcwd(), ".venv", "bin") + os.pathsep + os.environ["PATH"]
-from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-ShareMemCommBuilder().load()
-PYTHON
+compile_extension() {
+    export TORCH_EXTENSIONS_DIR=$PWD/$venv/torch_extensions
+    # of a compilation that was interrupted, for whose end the next one would wait for ever
+    [ ! -d "$TORCH_EXTENSIONS_DIR" ] || find "$TORCH_EXTENSIONS_DIR" -name lock -delete
+    DS_ACCELERATOR=cpu PATH=$PWD/$venv/bin:$PATH "$venv/bin/python" -W ignore -c \
+        'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()'
+}
+
+echo "installing qa_dist${extras:+ with extras $extras} into $venv"
+stage "virtual environment" make_environment
+stage "build tools" wheels pip setuptools wheel
+stage "PyTorch" install_torch
+stage "DeepSpeed (built from source)" pip --no-deps "$(grep '^deepspeed==' launch/constraints.txt)"
+stage "qa_dist and its other dependencies" install_package
+stage "compiling DeepSpeed's extension" compile_extension
 echo "$wanted" >"$stamp"
+rm -f "$log"
