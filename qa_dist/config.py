@@ -328,6 +328,10 @@ FREE_TO_CHANGE = (
 computed. That training data and tokenizer are the same is seen from the features themselves."""
 
 
+BATCHING = ("train.global_batch_size", "train.tokens_per_batch", "train.group_by_length")
+"""Settings that decide which examples are trained on together. They can change at the end of an epoch only."""
+
+
 class RunConfig(Section):
     """Every setting of a run."""
 

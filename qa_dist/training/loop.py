@@ -19,7 +19,7 @@ from qa_dist.errors import NotPushedError, TrainingError, UserError
 from qa_dist.reporting.run_directory import RunDirectory, StoppedError
 from qa_dist.reporting.tracker import History, Tracker
 from qa_dist.tasks.task import FeatureSet, Score, Task
-from qa_dist.training.batching import Indices, plan_epoch
+from qa_dist.training.batching import Indices
 from qa_dist.training.checkpointer import Checkpointer
 from qa_dist.training.engine import Engine
 from qa_dist.training.evaluation import evaluate
@@ -30,7 +30,7 @@ from qa_dist.training.preemption import StopRequest
 from qa_dist.training.prefetch import made_ahead
 from qa_dist.training.publishing import STOPPED_SECONDS, Publisher
 from qa_dist.training.resume import Checkpoint, load
-from qa_dist.training.schedule import learning_rate
+from qa_dist.training.schedule import RunPlan
 from qa_dist.training.step import NonFiniteError, Step, StepResult
 
 MOST_WARM_UPS = 40
@@ -48,7 +48,9 @@ class Progress:
     epoch: int = 1
     """The epoch that training is in."""
     batches_done: int = 0
-    """Global batches of that epoch."""
+    """Global batches done of that epoch."""
+    batches_in_epoch: int = 0
+    """Global batches that the epoch has in all; 0 before its first one, and in checkpoints that do not say."""
     loss_sum: float = 0.0
     """Of the epoch's steps that were not skipped."""
     loss_count: int = 0
@@ -64,6 +66,13 @@ class Progress:
     """And its step, by which model/ is known again."""
     meter: Meter = field(default_factory=Meter)
     """Sums since the last logged step."""
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Epoch and batches done of the place where training continues: the next epoch after the last batch of one,
+        also before the evaluation."""
+        is_whole = 0 < self.batches_done == self.batches_in_epoch
+        return (self.epoch + 1, 0) if is_whole else (self.epoch, self.batches_done)
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> "Progress":
@@ -90,7 +99,8 @@ class Training:
 
     def __post_init__(self) -> None:
         self.training_set = self.sets["train"]
-        self.total_steps = sum(len(self._plan(epoch + 1)) for epoch in range(self.config.train.epochs))
+        self.plan = RunPlan(self.config.train, self.training_set.lengths)
+        self.total_steps = self.plan.total
         self.peak_flops = peak_flops(self.engine.device, self.engine.accelerator.mixed_precision)
         settings = self.config.train
         self.step = Step(settings, self.engine, self.task, self.training_set, self.micro_batch_size, self.stop)
@@ -103,17 +113,6 @@ class Training:
         self.pushed_model: Pointer | None = None
         """What the Hub had of the model when the run went on in place."""
         self.tracker.background = lambda: self.publisher.status
-
-    def _plan(self, epoch: int) -> list[Indices]:
-        settings = self.config.train
-        return plan_epoch(
-            self.training_set.lengths,
-            seed=settings.seed,
-            epoch=epoch,
-            global_batch_size=settings.global_batch_size,
-            tokens_per_batch=settings.tokens_per_batch,
-            group_by_length=settings.group_by_length,
-        )
 
     def resume(self, checkpoint: Checkpoint, *, in_place: bool) -> None:
         """Go on from `checkpoint`; `in_place` says that it is the run directory's own. Raises `UserError` for one of
@@ -130,15 +129,16 @@ class Training:
             scaler = values.pop("loss_scale")
             values.pop("metrics_bytes")
             values.pop("run_id", None)
-            self.progress = Progress.of(values)
+            self.progress = progress = Progress.of(values)
         except (KeyError, TypeError):
             raise UserError(f"{checkpoint.path}: its manifest does not say how far training was") from None
+        self.total_steps = progress.step + max(self.plan.total - self.plan.completed(*progress.place), 0)
         stored = self.engine.broadcast(exported_step(self.run.path / "model"))
-        self.has_model = stored is not None and stored == self.progress.exported_step
-        self.engine.strategy.set_step_count(self.progress.updates)
+        self.has_model = stored is not None and stored == progress.exported_step
+        self.engine.strategy.set_step_count(progress.updates)
         self.engine.strategy.restore_loss_scale(scaler)
-        self.run.step = self.progress.step
-        self.checkpointer.written_step = self.progress.step if in_place else None
+        self.run.step = progress.step
+        self.checkpointer.written_step = progress.step if in_place else None
 
     def catch_up(self, checkpoint: Checkpoint, view: HubView) -> None:
         """Push what the run directory has of an earlier attempt, and the Hub has not."""
@@ -230,7 +230,7 @@ class Training:
             self._write_metrics()
             if self.progress.exported_epoch == epoch:
                 self.publisher.offer_model(self.progress.step, epoch)
-            progress.epoch, progress.batches_done = epoch + 1, 0
+            progress.epoch, progress.batches_done, progress.batches_in_epoch = epoch + 1, 0, 0
             progress.loss_sum, progress.loss_count = 0.0, 0
             if self.checkpointer.is_due_after_epoch(epoch):
                 self._checkpoint(score.metrics[self.task.best_metric] if score else None)
@@ -238,11 +238,14 @@ class Training:
     def _train_epoch(self) -> None:
         """Run the steps that are left of the epoch."""
         progress = self.progress
-        batches = self._plan(progress.epoch)
+        if progress.place[0] > progress.epoch:
+            return
+        batches = self.plan.batches(progress.epoch)
+        progress.batches_in_epoch = len(batches)
         left = batches[progress.batches_done :]
         started = time.perf_counter()
         for batch, collated, waited in made_ahead(left, self.step.collate):
-            rate = learning_rate(progress.step, self.total_steps, self.config.train)
+            rate = self.plan.learning_rate(*progress.place)
             watch = self.engine.watchdog.step if self.is_warm else self.engine.watchdog.phase
             watch(f"step {progress.step + 1}")
             is_due = self.engine.is_main and self.checkpointer.is_due_by_the_clock()

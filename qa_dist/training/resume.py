@@ -1,31 +1,25 @@
 """Going on where an earlier run was: which checkpoint, whether it fits, and how its tensors come back."""
 
-import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from qa_dist.checkpoint import manifest as manifests
 from qa_dist.checkpoint.manifest import DamagedError, Manifest, damage
 from qa_dist.checkpoint.pull import RemoteStates
 from qa_dist.checkpoint.state import restore, shapes
 from qa_dist.checkpoint.store import Shards, gap, step_directories
-from qa_dist.config import FREE_TO_CHANGE, RunConfig
+from qa_dist.config import RunConfig
 from qa_dist.errors import UserError, listing
 from qa_dist.reporting.run_directory import require_free
 from qa_dist.reporting.status import read_status
+from qa_dist.training.changes import check_settings, is_same_run
 from qa_dist.training.engine import Engine
 from qa_dist.training.hub_view import HubView, fetch, run_of
 
-PASSING = ("_name_or_path", "architectures", "dtype", "transformers_version")
-"""What a model's config says of where it comes from, not of what it computes."""
 DIRECTORY = "checkpoints"
 """Where they lie in a run directory."""
 NOTHING_THERE = HubView()
@@ -211,85 +205,6 @@ def _agreed(engine: Engine, path: Path) -> tuple[str, Manifest | None]:
         return "the nodes have different ones", None
     missing = sorted(set(seen[0].files) - set().union(*(names for _, _, names, _ in answers)))
     return (f"{listing(missing)} is missing", None) if missing else ("", seen[0])
-
-
-def is_same_run(config: RunConfig) -> bool:
-    """Whether what lies in the run directory is of an unfinished attempt at this very run: it may be started again."""
-    try:
-        before = yaml.safe_load((config.output_dir / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return False
-    if not isinstance(before, dict) or read_status(config.output_dir).get("state") == "completed":
-        return False
-    return not _changes(before, config.model_dump(mode="json"))[1]
-
-
-def _changes(before: dict[str, Any], now: dict[str, Any], allowed: Iterable[str] = ()) -> tuple[list[str], list[str]]:
-    """The settings that differ: all of them, and those that may not."""
-    then, today = _leaves(before), _leaves(now)
-    changed = [key for key in sorted(then.keys() | today.keys()) if then.get(key) != today.get(key)]
-    free = (*FREE_TO_CHANGE, *allowed)
-    return changed, [key for key in changed if not any(key == name or key.startswith(f"{name}.") for name in free)]
-
-
-def check_settings(manifest: Manifest, config: RunConfig, allowed: Iterable[str]) -> list[str]:
-    """Notes on what has changed since the checkpoint. Raises `UserError` where that would change the training."""
-    values = config.model_dump(mode="json")
-    before, now = _leaves(manifest.config), _leaves(values)
-    changed, refused = _changes(manifest.config, values, allowed)
-    if refused:
-        lines = "\n".join(f"  - {key}: {before.get(key)} then, {now.get(key)} now" for key in refused)
-        raise UserError(
-            f"the checkpoint of step {manifest.step} was trained with other settings:\n{lines}\nSet them back, or say "
-            f"that it is meant: --allow_changed {','.join(refused)}"
-        )
-    notable = [key for key in changed if key.split(".")[0] not in ("run", "checkpoint")]
-    return [f"{key}: {before.get(key)} before, {now.get(key)} now" for key in notable]
-
-
-def check_model(engine: Engine, checkpoint: Checkpoint, model_config: PretrainedConfig, allowed: Iterable[str]) -> None:
-    """Raise `UserError` unless the model's own config is that of the checkpoint: tensors of the same shapes may belong
-    to another dropout or activation."""
-    path = checkpoint.path / "config.json"
-    now = json.loads(model_config.to_json_string(use_diff=False))
-    before = next((found for found in engine.gather(_json(path)) if found is not None), now)
-    differing = [
-        f"{key}: {before[key]} then, {now[key]} now"
-        for key in sorted(before.keys() & now.keys())
-        if key not in PASSING and before[key] != now[key]
-    ]
-    if differing and "model" not in allowed:
-        raise UserError(
-            f"the checkpoint of step {checkpoint.manifest.step} is of another model: {listing(differing)}. Name the "
-            "same one, or say that it is meant: --allow_changed model"
-        )
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def check_data(manifest: Manifest, digest: str, allowed: Iterable[str]) -> None:
-    """Raise `UserError` unless the training data are those of the checkpoint."""
-    if manifest.data != digest and "data" not in allowed:
-        raise UserError(
-            f"the checkpoint of step {manifest.step} was trained on other data: the windows, their tokens or their "
-            "labels differ. Name the same files, or say that it is meant: --allow_changed data"
-        )
-
-
-def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and f"{prefix}{key}" not in ("model.config", "data.columns"):
-            found |= _leaves(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def load(engine: Engine, checkpoint: Checkpoint) -> None:

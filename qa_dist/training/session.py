@@ -18,6 +18,7 @@ from qa_dist.reporting.status import read_status
 from qa_dist.reporting.tracker import Tracker, announce, summary_table
 from qa_dist.tasks import load_task
 from qa_dist.tasks.task import FeatureSet, Task
+from qa_dist.training.changes import check_data, check_model, check_settings, is_same_run
 from qa_dist.training.engine import Engine, is_lost_connection, is_out_of_memory
 from qa_dist.training.evaluation import evaluate
 from qa_dist.training.health import FlopsPerWindow
@@ -32,11 +33,7 @@ from qa_dist.training.resume import (
     DIRECTORY,
     Checkpoint,
     Resume,
-    check_data,
-    check_model,
-    check_settings,
     find,
-    is_same_run,
 )
 from qa_dist.training.watchdog import Watchdog
 
@@ -52,9 +49,10 @@ def train(config: RunConfig, launch: LaunchEnvironment, resume: Resume) -> None:
         digest = parts.sets["train"].digest()
         if checkpoint is not None:
             parts.tracker.say(f"going on from {checkpoint.path} (step {checkpoint.manifest.step})")
-            check_data(checkpoint.manifest, digest, resume.allow_changed)
+            path, manifest = checkpoint.path, checkpoint.manifest
+            check_data(manifest, digest, resume.allow_changed, path.parent)
             plain: Any = parts.model
-            check_model(engine, checkpoint, plain.config, resume.allow_changed)
+            check_model(engine, path, manifest, plain.config, config, resume.allow_changed)
         size, notes = micro_batch_size(config.train, engine, parts.task, parts.model, parts.sets["train"])
         for note in notes:
             parts.tracker.say(note)
@@ -149,7 +147,9 @@ def _session(
             notes.append(f"hub: {view.problem}. Training starts, and pushing is tried all the same")
         goes_on = checkpoint is not None and _is_in(checkpoint, config)
         if checkpoint is not None:
-            notes += [f"changed: {note}" for note in check_settings(checkpoint.manifest, config, resume.allow_changed)]
+            manifest, beside = checkpoint.manifest, checkpoint.path.parent
+            changes = check_settings(manifest, config, resume.allow_changed, beside)
+            notes += [f"changed: {note}" for note in changes]
             run.step = checkpoint.manifest.step
         is_own = goes_on or (checkpoint is None and resume.is_in_place and is_same_run(config))
         is_fork = resume.repository[0] not in (None, config.hub.repo_id)

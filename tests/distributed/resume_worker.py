@@ -18,7 +18,6 @@ from qa_dist.training.models import build_model
 from qa_dist.training.preemption import StopRequest
 from qa_dist.training.publishing import Publisher
 from qa_dist.training.resume import Checkpoint
-from qa_dist.training.schedule import learning_rate
 
 STEPS = 6
 
@@ -45,10 +44,10 @@ def main() -> None:
     for path in paths:
         training.resume(Checkpoint(path, Manifest.read(path)), in_place=False)
         progress = dataclasses.replace(training.progress)
-        batches = training._plan(progress.epoch)[progress.batches_done :]
+        batches = training.plan.batches(progress.epoch)[progress.batches_done :]
         losses = []
         for i, batch in enumerate(batches[:STEPS]):
-            rate = learning_rate(progress.step + i, training.total_steps, config.train)
+            rate = training.plan.learning_rate(progress.epoch, progress.batches_done + i)
             losses.append(training.step.run(progress.step + i, rate, batch, training.step.collate(batch)).loss)
         found[str(path)] = losses
     if engine.is_main:

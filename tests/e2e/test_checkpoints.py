@@ -24,6 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from qa_dist.checkpoint.store import checkpoints, thin_out
 from qa_dist.cli import main
+from qa_dist.config import TrainConfig
+from qa_dist.training.schedule import learning_rate
 from tests.helpers import ROOT, TINY_BERT, Launcher, environment, jsonl, tiny_flags
 
 DROPOUT = json.dumps(TINY_BERT | {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1})
@@ -261,6 +263,74 @@ def test_a_path_without_a_checkpoint(tmp_path: Path, capsys):
     assert code == 2
     assert "holds no complete checkpoint" in message
     assert not (tmp_path / "new").exists()
+
+
+def rates(output_dir: Path) -> dict[int, float]:
+    rows = [line for line in jsonl(output_dir / "metrics.jsonl") if line["kind"] == "train"]
+    return {row["step"]: row["learning_rate"] for row in rows}
+
+
+@pytest.fixture(scope="module")
+def whole_epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints after the last step of either epoch, written before the evaluation."""
+    output_dir = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", *FLAGS, "--checkpoint.every", "13 steps", "--run.output_dir", str(output_dir)])
+    assert exit_.value.code == 0
+    return output_dir
+
+
+def test_batches_change_at_the_end_of_an_epoch_only(whole_epochs: Path, tmp_path: Path, capsys):
+    start, run = whole_epochs / "checkpoints/step_00000013", tmp_path / "run"
+    larger = ("--train.global_batch_size", 16, "--allow_changed", "train.global_batch_size")
+    code, shown, message = train(capsys, run, "--resume", start, *larger)
+    assert code == 0, message
+    # 7 batches of 16 for the 13 of 8: half of the run is done, and half of 14
+    expected = {14 + i: learning_rate(7 + i, 14, TrainConfig(learning_rate=1e-3)) for i in range(7)}
+    assert rates(run) == expected
+    assert "step 14/20 " in shown
+    assert "step 20/20 " in shown
+    assert [row["epoch"] for row in json.loads((run / "metrics.json").read_text())["history"]] == [1, 2]
+
+    shutil.rmtree(run / "checkpoints/step_00000020")  # 16 is left, after 3 of 7 batches
+    smaller = ("--train.global_batch_size", 8, "--allow_changed", "train.global_batch_size")
+    before = (run / "metrics.jsonl").read_bytes()
+    code, _, message = train(capsys, run, "--resume", "auto", *smaller)
+    assert code == 2
+    assert "train.global_batch_size: changed, but batches can only change at the end of an epoch" in message
+    assert "after 3 of the 7 batches of epoch 2" in message
+    assert "train to the end of the epoch first" in message
+    assert (run / "metrics.jsonl").read_bytes() == before
+    shutil.copytree(start, run / "checkpoints" / start.name)
+    code, _, message = train(capsys, run, "--resume", "auto", *smaller)
+    assert code == 2
+    assert f"--resume {run / 'checkpoints' / start.name}" in message
+    for key, value in (("train.group_by_length", "false"), ("train.epochs", 1)):
+        change = (f"--{key}", value, *larger[:2], "--allow_changed", key)
+        code, _, message = train(capsys, run, "--resume", "auto", *change)
+        assert code == 2
+        assert message.startswith(f"qa-dist: {key}: ")
+
+
+def test_more_epochs_of_fewer_examples(whole_epochs: Path, tmp_path: Path, capsys):
+    """The rate is that of four epochs, of which two are done, and every step is counted once."""
+    change = ("--train.epochs", 4, "--data.max_train_samples", 20, "--train.schedule", "cosine")
+    allowed = ("--allow_changed", "train.epochs,train.schedule,data")
+    code, shown, message = train(capsys, tmp_path / "run", "--resume", whole_epochs, *change, *allowed)
+    assert code == 0, message
+    found = rates(tmp_path / "run")
+    size = len(found) // 2
+    settings = TrainConfig(learning_rate=1e-3, schedule="cosine")
+    assert found == {27 + i: learning_rate(2 * size + i, 4 * size, settings) for i in range(2 * size)}
+    assert f"step {26 + 2 * size}/{26 + 2 * size} " in shown
+    in_epoch = tmp_path / "in_epoch"  # the second half of the batches could not be known
+    code, _, message = train(capsys, in_epoch, "--checkpoint.every", "5 steps", "--train.epochs", 1)
+    assert code == 0, message
+    shutil.rmtree(in_epoch / "checkpoints/step_00000013")
+    fewer = ("--data.max_train_samples", 20, "--allow_changed", "data,train.epochs")
+    code, _, message = train(capsys, in_epoch, "--resume", "auto", *fewer)
+    assert code == 2
+    assert "the training data: changed, but batches can only change at the end of an epoch" in message
 
 
 # --------------------------------------------------------------------------------------------------- damage
