@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PIECE = 64 * 1024
 """Bytes of a body that are held in memory at a time."""
+LEFT = "the connection ended inside a body"
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ class Body:
 
     def _exactly(self, size: int) -> Iterator[bytes]:
         while size:
-            piece = self._stream.read(min(size, PIECE))
+            piece = self._from_client(lambda size=size: self._stream.read(min(size, PIECE)))
             if not piece:
-                raise ConnectionError("the client closed the connection inside a body")
+                raise ConnectionError(LEFT)
             size -= len(piece)
             yield piece
 
@@ -69,10 +70,18 @@ class Body:
             pass
 
     def _line(self) -> bytes:
-        line = self._stream.readline()
+        line = self._from_client(self._stream.readline)
         if not line.endswith(b"\n"):
-            raise ConnectionError("the client closed the connection inside a body")
+            raise ConnectionError(LEFT)
         return line.strip()
+
+    @staticmethod
+    def _from_client(read: Callable[[], bytes]) -> bytes:
+        """Return what `read` does. Raises `ConnectionError` where the connection has ended, in whichever way."""
+        try:
+            return read()
+        except (OSError, ValueError) as error:  # ValueError: the server has closed it
+            raise ConnectionError(LEFT) from error
 
 
 @dataclass

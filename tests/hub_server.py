@@ -12,8 +12,10 @@ import json
 import os
 import socket
 import struct
+import sys
 import threading
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -94,6 +96,8 @@ class HubServer:
         self.closing = threading.Event()
         self.requests: list[Request] = []
         """In the order in which they were answered."""
+        self.lost_connections = 0
+        """Connections that a client has ended in the middle of a request, or by a reset; not an error of the server."""
         self._port = port
         self._listener: _Listener | None = None
 
@@ -122,7 +126,7 @@ class HubServer:
 
     def start(self) -> None:
         self._listener = _Listener(self, self._port)
-        threading.Thread(target=self._listener.serve_forever, args=(0.02,), daemon=True).start()
+        self._listener.start()
 
     def close(self) -> None:
         """At once: requests in flight lose their connections, and can change nothing any more."""
@@ -141,24 +145,44 @@ class HubServer:
 
 class _Listener(ThreadingMixIn, TCPServer):
     allow_reuse_address = True
-    daemon_threads = True
+    block_on_close = False  # `close` waits, once it has ended the connections
     request_queue_size = 128
 
     def __init__(self, hub: HubServer, port: int):
         super().__init__(("127.0.0.1", port), _Handler)
         self.hub = hub
         self._connections: set[socket.socket] = set()
+        self._serving: list[threading.Thread] = []
+
+    def start(self) -> None:
+        self._start("hub server", self.serve_forever, 0.02)
 
     def close(self) -> None:
+        """End all connections, and the threads that serve them."""
         self.shutdown()
         self.server_close()
         for connection in list(self._connections):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
+        for thread in self._serving:
+            if thread is not threading.current_thread():
+                thread.join(10)
+
+    def _start(self, name: str, target: Callable[..., None], *args: Any) -> None:
+        self._serving = [thread for thread in self._serving if thread.is_alive()]
+        self._serving.append(threading.Thread(target=target, args=args, name=name, daemon=True))
+        self._serving[-1].start()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self._connections.add(request)
-        super().process_request(request, client_address)
+        self._start("hub server: connection", self.process_request_thread, request, client_address)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print what is an error of this server. A client may leave at any place, and `close` ends connections."""
+        if isinstance(sys.exception(), OSError):
+            self.hub.lost_connections += 1
+        else:
+            super().handle_error(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
         self._connections.discard(request)
@@ -190,8 +214,6 @@ class _Handler(BaseHTTPRequestHandler):
         except _Cut as cut:
             self.hub.requests.append(Request(self.command, self.path, 0))
             self._end(cut.reset)
-        except OSError:  # the client went away, or `HubServer.close` ended the connection
-            self.close_connection = True
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815
 

@@ -1,6 +1,8 @@
 """The tests' own Hub, asked by the real client."""
 
 import os
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -346,6 +348,64 @@ class TestFaults:
             assert sum(len(next(pieces)) for _ in range(100)) > 1_000_000
         server.faults.clear()
         assert httpx2.get(url, headers={"Authorization": "Bearer hf_alice"}).content == b"a"
+
+
+AUTHORIZED = "Host: hub\r\nAuthorization: Bearer hf_alice\r\n"
+WHOAMI = f"GET /api/whoami-v2 HTTP/1.1\r\n{AUTHORIZED}\r\n"
+BODY = f"POST /api/models/{REPO}/preupload/main HTTP/1.1\r\n{AUTHORIZED}"
+
+
+@pytest.mark.parametrize(
+    ("request_", "is_answered"),
+    [
+        ("", False),
+        ("GET /api/who", False),
+        (WHOAMI[:-2], False),
+        (f"{BODY}Content-Length: 5000\r\n\r\n" + "{" * 2000, False),
+        (f"{BODY}Transfer-Encoding: chunked\r\n\r\n800\r\n" + "{" * 1000, False),
+        (WHOAMI, True),  # the connection is kept for a next request, which does not come
+        (WHOAMI + "GET /api", True),
+        (f"GET /{REPO}/resolve/main/a.txt HTTP/1.1\r\n{AUTHORIZED}\r\n", False),  # of an answer that has no end
+    ],
+    ids=["connection", "request line", "headers", "body", "chunk", "after an answer", "next request", "answer"],
+)
+@pytest.mark.parametrize("is_reset", [False, True], ids=["closed", "reset"])
+def test_a_client_that_leaves_is_no_error(
+    request_: str, is_answered: bool, is_reset: bool, server: HubServer, api: HfApi, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is printed, and the connection's thread ends."""
+    push(api, {"a.txt": b"a"})
+    server.faults.add(Fault("GET", "/resolve/", ENDLESS))
+    threads = threading.active_count()
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(request_.encode())
+        if is_answered:
+            assert client.recv(1000).startswith(b"HTTP/1.1 200")
+        if is_reset:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    while threading.active_count() > threads:
+        time.sleep(0.01)
+    assert api.whoami()["name"] == "alice"
+    server.close()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_server_that_closes_ends_its_connections_quietly(
+    server: HubServer, api: HfApi, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In the middle of a body too; when it returns, its threads have ended."""
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(f"{BODY}Content-Length: 5000\r\n\r\n{{".encode())
+        while not any(name.startswith("hub server: connection") for name in names_of_threads()):
+            time.sleep(0.01)
+        server.close()
+        assert not [name for name in names_of_threads() if name.startswith("hub server")]
+        assert client.recv(1000) == b""
+    assert capfd.readouterr() == ("", "")
+
+
+def names_of_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate()]
 
 
 def test_in_another_process_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
