@@ -1,5 +1,6 @@
 """What tests push to their Hub: small checkpoints and models, by the real client."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -65,10 +66,10 @@ class Runner:
         self.publication.push(self.make(lane, step, **files), lambda: None)
 
     def queued(self, *pushes: Push, seconds: float = 60) -> Summary:
-        queue = PushQueue(self.publication.push)
-        for one in pushes:
-            queue.submit(one)
-        return queue.drain(seconds)
+        with contextlib.closing(PushQueue(self.publication.push)) as queue:
+            for one in pushes:
+                queue.submit(one)
+            return queue.drain(seconds)
 
 
 def require_whole(hub: HubServer, *steps: int) -> None:

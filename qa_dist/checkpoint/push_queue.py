@@ -183,6 +183,18 @@ class PushQueue:
                     summary.missing[push.name] = summary.failed.get(push.name, "it was not pushed")
             return summary
 
+    def close(self, seconds: float = 2.0) -> None:
+        """End the worker, and wait for that at most so long: what waits is dropped, and nothing is tried again. To be
+        called whether or not the queue was drained."""
+        with self._changed:
+            self._closing = True
+            for job in self._waiting.values():
+                shutil.rmtree(job.push.directory, ignore_errors=True)
+            self._waiting.clear()
+            self._active = None
+            self._changed.notify_all()
+        self._thread.join(seconds)
+
     # ---------------------------------------------------------------------------------------------- the worker
 
     def _work(self) -> None:

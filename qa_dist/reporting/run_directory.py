@@ -154,11 +154,9 @@ class RunDirectory:
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
         """Around all that follows `open`: keep status.json true to how far the run is, and how it ends."""
-        leaving = threading.Event()
-        if self.is_main:
-            threading.Thread(target=self._show_life, args=(leaving,), name="status", daemon=True).start()
         try:
-            yield
+            with self._alive():
+                yield
         except StoppedError as stop:
             self._end("stopped", str(stop), stop.exit_code)
             raise
@@ -174,9 +172,22 @@ class RunDirectory:
         except BaseException as error:
             self._end("failed", f"{type(error).__name__}: {error}", 1)
             raise
+        self._end("completed", "", 0)
+
+    @contextlib.contextmanager
+    def _alive(self) -> Iterator[None]:
+        """Keep status.json up to date from a thread, which has ended before anything is written of how the run ends."""
+        if not self.is_main:
+            yield
+            return
+        leaving = threading.Event()
+        thread = threading.Thread(target=self._show_life, args=(leaving,), name="status", daemon=True)
+        thread.start()
+        try:
+            yield
         finally:
             leaving.set()
-        self._end("completed", "", 0)
+            thread.join(timeout=2)  # it may hang in a disk of the network
 
     def _show_life(self, leaving: threading.Event) -> None:
         while not leaving.wait(LIFE_SECONDS):

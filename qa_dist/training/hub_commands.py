@@ -1,5 +1,6 @@
 """`qa-dist hub check` and `qa-dist hub push`: the Hub without training."""
 
+import contextlib
 import json
 import math
 import time
@@ -72,16 +73,17 @@ def push(path: Path, config: RunConfig, say: Say) -> int:
     run = RunDirectory(path, is_main=True)
     newest = next((one for one in checkpoints(path / DIRECTORY) if one.manifest is not None), None)
     step = newest.step if newest else 0
-    publisher = Publisher(config.hub, run, Identity(status["run"], step=step, is_settled=False))
+    identity = Identity(status["run"], step=step, is_settled=False)
+    with contextlib.closing(Publisher(config.hub, run, identity)) as publisher:
 
-    def tell() -> None:
-        for text in [*(str(event) for event in publisher.events()), *publisher.notes()]:
-            say(text)
+        def tell() -> None:
+            for text in [*(str(event) for event in publisher.events()), *publisher.notes()]:
+                say(text)
 
-    missing = _offer(path, newest, publisher)
-    started = time.monotonic()
-    summary = publisher.finish(config.hub.drain_timeout, lambda: False, tell)
-    tell()
+        missing = _offer(path, newest, publisher)
+        started = time.monotonic()
+        summary = publisher.finish(config.hub.drain_timeout, lambda: False, tell)
+        tell()
     assert summary is not None
     missing += [f"{name}: {why}" for name, why in summary.missing.items()]
     if missing:

@@ -219,6 +219,11 @@ class Publisher:
         }
         return summary
 
+    def close(self) -> None:
+        """Push nothing more, also where a run ends without `finish`."""
+        if self.queue is not None:
+            self.queue.close()
+
 
 def _link(source: Path, target: Path) -> None:
     """The same file under another name, or a copy where the file system has no such thing."""

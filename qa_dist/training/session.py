@@ -60,20 +60,21 @@ def train(config: RunConfig, launch: LaunchEnvironment, resume: Resume) -> None:
         engine.prepare(parts.model, config)
         nodes = max(launch.world_size // max(launch.local_world_size, 1), 1)
         several = config.hub.repo_id is not None and engine.max(nodes) > 1
-        publisher = Publisher(config.hub, run, session.identity, engine.store if several else None)
-        training = Training(
-            config, engine, parts.task, run, parts.tracker, session.stop, parts.sets, size, flops, digest, publisher
-        )
-        if checkpoint is not None:
-            engine.watchdog.phase(f"going on from {checkpoint.path}")
-            in_place = _is_in(checkpoint, config)
-            training.resume(checkpoint, in_place=in_place)
-            kept = checkpoint.manifest.progress.get("metrics_bytes", 0) if in_place else 0
-            state = checkpoint.path if in_place else None
-            engine.on_main(lambda: run.go_on(to_yaml(config), kept, state))
-            if in_place:
-                training.catch_up(checkpoint, session.view)
-        training.fit()
+        store = engine.store if several else None
+        with contextlib.closing(Publisher(config.hub, run, session.identity, store)) as publisher:
+            training = Training(
+                config, engine, parts.task, run, parts.tracker, session.stop, parts.sets, size, flops, digest, publisher
+            )
+            if checkpoint is not None:
+                engine.watchdog.phase(f"going on from {checkpoint.path}")
+                in_place = _is_in(checkpoint, config)
+                training.resume(checkpoint, in_place=in_place)
+                kept = checkpoint.manifest.progress.get("metrics_bytes", 0) if in_place else 0
+                state = checkpoint.path if in_place else None
+                engine.on_main(lambda: run.go_on(to_yaml(config), kept, state))
+                if in_place:
+                    training.catch_up(checkpoint, session.view)
+            training.fit()
 
 
 def _is_in(checkpoint: Checkpoint, config: RunConfig) -> bool:

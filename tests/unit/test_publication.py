@@ -371,6 +371,8 @@ def test_each_node_uploads_its_shards_and_one_commits(hub: HubServer, runner: Ru
     assert not queues[0].drain(60).missing
     require_whole(hub, 3)
     assert len(commits(hub, STATES)) == 1
+    for queue in queues:
+        queue.close()
 
 
 def test_a_node_whose_uploads_fail_is_heard(hub: HubServer, runner: Runner, monkeypatch: pytest.MonkeyPatch):

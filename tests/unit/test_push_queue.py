@@ -86,6 +86,7 @@ def test_a_network_that_comes_back_after_ten_minutes(tmp_path: Path, clock: Simu
     assert all(0.4 * 2**i * 2 <= wait <= 2**i * 2 for i, wait in enumerate(waits[:5]))  # doubled, with jitter
     assert max(waits) <= 120
     assert not (tmp_path / "state-1").exists()
+    queue.close()
 
 
 def test_the_newest_wins(tmp_path: Path, clock: Simulated):
@@ -200,6 +201,7 @@ def test_the_hub_may_ask_for_patience(tmp_path: Path, clock: Simulated):
     while len(hub.tries) < 2:
         time.sleep(0.001)
     assert hub.tries[1][1] >= 300
+    queue.close()
 
 
 def test_a_hub_that_never_answers_does_not_hold_up_the_end(tmp_path: Path):
@@ -219,6 +221,32 @@ def test_a_hub_that_never_answers_does_not_hold_up_the_end(tmp_path: Path):
     never.set()
     time.sleep(0.05)
     assert not summary.pushed  # too late to count
+
+
+def test_a_queue_that_is_closed_ends_its_worker(tmp_path: Path):
+    """Where it has nothing to do, waits to try again, or is in the middle of a try; without a drain."""
+    started, go = threading.Event(), threading.Event()
+
+    def slow(push: Push, count_commit: Callable[[], None]) -> None:
+        started.set()
+        if push.step == 1:
+            raise busy()
+        assert go.wait(10)
+
+    idle, troubled, active = (PushQueue(slow) for _ in range(3))
+    troubled.submit(push(tmp_path, 1))
+    assert started.wait(10)
+    started.clear()
+    active.submit(push(tmp_path, 2))
+    assert started.wait(10)
+    active.submit(push(tmp_path, 3))  # is not begun
+    threading.Timer(0.05, go.set).start()
+    for queue in (idle, troubled, active):
+        queue.close(10)
+        assert not queue._thread.is_alive()
+    assert not (tmp_path / "state-1").exists()
+    assert not (tmp_path / "state-3").exists()
+    idle.close()  # once more is no error
 
 
 def test_a_person_can_end_the_waiting(tmp_path: Path):
