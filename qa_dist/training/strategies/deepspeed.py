@@ -109,9 +109,15 @@ class DeepSpeed(Strategy):
         else:
             piece = safe_get_local_optimizer_state(parameter, kind)
         assert piece is not None
+        start, count = self._partition(parameter)
+        return Part(piece.detach().flatten()[:count], start) if count else None
+
+    def _partition(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """Return where this rank's partition under ZeRO-3 starts in the flat parameter, and how many elements of the
+        parameter it holds. All partitions have the same size, so the last ones may be padded, or be padding alone."""
+        stored: Any = parameter
         start = self.accelerator.process_index * stored.ds_tensor.ds_numel
-        count = min(piece.numel(), stored.ds_numel - start)  # the last partitions may be padded
-        return Part(piece.detach().flatten()[:count], start) if count > 0 else None
+        return start, max(min(stored.ds_tensor.ds_numel, stored.ds_numel - start), 0)
 
     def _link_moments(self) -> None:
         """Tell stages 1 and 2 where each parameter's moments lie. DeepSpeed does so itself after the first parameter
@@ -131,16 +137,14 @@ class DeepSpeed(Strategy):
         return self.stage == 0 and not self.casts_weights
 
     def restore(self, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
-        import deepspeed
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
+        if self.stage == 3:
+            self._restore_stage_3(parameter, values)
+            return
         values = {name: tensor.to(self.accelerator.device) for name, tensor in values.items()}
         # the weights that the forward pass sees; in low precision they are a copy of the master weights
-        if hasattr(parameter, "ds_id"):
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                parameter.data.copy_(values["weight"])
-        else:
-            parameter.data.copy_(values["weight"])
+        parameter.data.copy_(values["weight"])
         if not parameter.requires_grad:
             return
         if self._is_plain:
@@ -151,6 +155,28 @@ class DeepSpeed(Strategy):
         safe_set_full_fp32_param(parameter, values["weight"])
         for name in MOMENTS:
             safe_set_full_optimizer_state(parameter, values[name], name)
+
+    def _restore_stage_3(self, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
+        """Set this rank's partition. DeepSpeed's functions that take whole tensors (`safe_set_full_…`) know nothing of
+        padding: they fail where the number of ranks does not divide the parameter's size."""
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        stored: Any = parameter
+        start, count = self._partition(parameter)
+
+        def own(whole: Tensor) -> Tensor:
+            piece = whole.new_zeros(stored.ds_tensor.ds_numel)
+            piece[:count] = whole.flatten()[start : start + count]
+            return piece
+
+        # the weights that the forward pass sees, and the gathered ones of small parameters, which are kept whole
+        stored.ds_tensor.data.copy_(own(values["weight"]))
+        if parameter.numel() == stored.ds_numel:
+            parameter.data.copy_(values["weight"])
+        if parameter.requires_grad:
+            safe_set_local_fp32_param(parameter, own(values["weight"]))
+            for name in MOMENTS:
+                safe_set_local_optimizer_state(parameter, own(values[name]), name)
 
     def _optimizer_states(self) -> list[dict[str, Any]]:
         optimizer = self.engine.optimizer
