@@ -1,5 +1,6 @@
 """What several tests need: tiny models made on the spot, and real launches."""
 
+import hashlib
 import json
 import os
 import signal
@@ -12,6 +13,9 @@ from typing import Any
 
 import yaml
 
+from qa_dist.checkpoint.manifest import Launch as LaunchRecord
+from qa_dist.checkpoint.manifest import Manifest, Optimizer
+from qa_dist.checkpoint.progress import Progress
 from qa_dist.tasks.question_answering.data import Example, Examples
 from qa_dist.tasks.question_answering.features import QuestionAnsweringFeatures, build_features
 from qa_dist.tasks.task import FeatureSet
@@ -148,6 +152,29 @@ class Launcher:
         return self.run(
             engine, processes, "-m", "qa_dist", "train", "--run.output_dir", str(output_dir), *flags, **more
         )
+
+
+def make_manifest(step: int, *, world_size: int = 1, **fields: Any) -> Manifest:
+    """A manifest of a checkpoint in the first epoch."""
+    given: dict[str, Any] = {"tensors": {}, "files": {}} | fields
+    return Manifest(
+        step=step,
+        epoch=1,
+        launch=LaunchRecord(strategy="DDP", precision="float32", world_size=world_size, device="cpu"),
+        optimizer=Optimizer(fused=False),
+        config={},
+        data="",
+        score=None,
+        progress=Progress(step=step, updates=step, batches_done=step),
+        **given,
+    )
+
+
+def sealed(values: dict[str, Any]) -> bytes:
+    """A manifest's file with these fields and the right digest, as anybody can make it who may write it."""
+    text = json.dumps(values | {"digest": ""})
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return text.replace('"digest": ""', f'"digest": "{digest}"').encode()
 
 
 def environment() -> dict[str, str]:

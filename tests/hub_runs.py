@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from qa_dist.checkpoint.hub import Repository, sha256_of
-from qa_dist.checkpoint.manifest import File, Manifest
+from qa_dist.checkpoint.manifest import File, Manifest, TensorSpec
 from qa_dist.checkpoint.publication import Identity, Publication
 from qa_dist.checkpoint.push_queue import Lane, Push, PushQueue, Summary
 from qa_dist.checkpoint.store import directory_name, write_manifest, write_shard
+from tests.helpers import make_manifest
 from tests.hub_server import HubServer
 
 REPO = "alice/model"
@@ -25,10 +26,10 @@ def make_state(directory: Path, step: int, *, shards: int = 2) -> Manifest:
         name = f"state-{rank:05d}-of-{shards:05d}.safetensors"
         own = {f"weight/w{rank}": torch.full((64,), float(step * 10 + rank))}
         files[name] = write_shard(directory, name, own)
-        tensors |= {key: list(tensor.shape) for key, tensor in own.items()}
+        tensors |= {key: TensorSpec(dtype="F32", shape=list(tensor.shape)) for key, tensor in own.items()}
     (directory / "config.json").write_text("{}")
     files["config.json"] = File.of(directory / "config.json")
-    manifest = Manifest(step, 1, "", shards, {}, "", {"run_id": "r"}, None, tensors, files)
+    manifest = make_manifest(step, world_size=shards, run_id="r", tensors=tensors, files=files)
     write_manifest(directory, manifest)
     return manifest
 
@@ -83,6 +84,6 @@ def require_whole(hub: HubServer, *steps: int) -> None:
     for folder in folders:
         content = repo.read(f"{folder}/manifest.json", STATES)
         assert sha256_of(content) == pointer["states"][folder]
-        manifest = Manifest.parse(json.loads(content), folder)
+        manifest = Manifest.parse(content, folder)
         for name, file in manifest.files.items():
             assert sha256_of(repo.read(f"{folder}/{name}", STATES)) == file.sha256

@@ -171,7 +171,7 @@ class Repository:
             try:
                 with troubles():
                     self._fetch_rest(path, commit, target, expected)
-                if (found := File.of(target)) == expected:
+                if (found := File.of(target)).is_same(expected):
                     return
                 target.unlink()
                 if attempt >= 2:  # once it may have been the line

@@ -176,7 +176,7 @@ class Publication:
             require_free_branch(repository, self.branch, entries)
         manifest_bytes = (push.directory / manifests.NAME).read_bytes()
         digest = sha256_of(manifest_bytes)
-        manifest = Manifest.parse(json.loads(manifest_bytes), folder)
+        manifest = Manifest.parse(manifest_bytes, folder)
         if pointer and pointer.attempt == self.identity.attempt and pointer.states.get(folder) == digest:
             # an earlier try has done it, and its answer was lost
             return repository.require(head, {f"{folder}/{name}": file for name, file in manifest.files.items()})

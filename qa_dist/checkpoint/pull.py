@@ -5,7 +5,6 @@ the Hub itself says before anything is fetched, and every byte against its hash 
 be executed is fetched.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qa_dist.checkpoint import manifest as manifests
-from qa_dist.checkpoint.hub import MOST_JSON_BYTES, Repository, sha256_of
+from qa_dist.checkpoint.hub import Repository, sha256_of
 from qa_dist.checkpoint.hub_client import HubError, Remedy
 from qa_dist.checkpoint.manifest import DamagedError, File, Manifest, damage
 from qa_dist.checkpoint.publication import Pointer, UnreadablePointerError, read_pointer
@@ -68,16 +67,13 @@ def states(repository: Repository, revision: str) -> RemoteStates | None:
 
 def read_manifest(remote: RemoteStates, name: str) -> tuple[Manifest, bytes]:
     """The manifest of a state, and its bytes. Raises `DamagedError`, `HubError`, and `UserError` for a newer one."""
-    content = remote.repository.read(f"{name}/{manifests.NAME}", remote.commit, MOST_JSON_BYTES)
+    content = remote.repository.read(f"{name}/{manifests.NAME}", remote.commit, manifests.MAX_BYTES)
     if content is None:
         raise DamagedError("it has no manifest: it was not finished")
     expected = remote.pointer.states.get(name) if remote.pointer else None
     if expected is not None and sha256_of(content) != expected:
         raise DamagedError("its manifest is not the one that was pushed")
-    try:
-        manifest = Manifest.parse(json.loads(content), name)
-    except (ValueError, RecursionError):
-        raise DamagedError("its manifest cannot be read") from None
+    manifest = Manifest.parse(content, name)
     if len(manifest.files) > MOST_FILES:
         raise DamagedError(f"its manifest names {len(manifest.files):,} files")
     foreign = [file for file in manifest.files if not file.endswith(KINDS) or file == manifests.NAME]

@@ -6,14 +6,29 @@ model's. A rank that holds only a part of a tensor stores it flat, as `weight/NA
 whole: saving needs no communication.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from qa_dist.checkpoint.manifest import Dtype, TensorSpec
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's first and second moment, under PyTorch's names."""
+DTYPES: dict[torch.dtype, Dtype] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class Part(NamedTuple):
@@ -65,14 +80,25 @@ def full_weights(spread: Spread, is_main: bool) -> dict[str, Tensor] | None:
     return weights
 
 
-def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of all tensors of the state."""
-    found: dict[str, tuple[int, ...]] = {}
+def tensor_specs(model: nn.Module) -> dict[str, TensorSpec]:
+    """Return name -> element type and shape of all tensors of the state."""
+    found: dict[str, TensorSpec] = {}
     for name, parameter in model.named_parameters():
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor behind
+        shape = list(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor behind
         for kind in ("weight", *(MOMENTS if parameter.requires_grad else ())):
-            found[f"{kind}/{name}"] = shape
-    return found | {f"buffer/{name}": tuple(buffer.shape) for name, buffer in _buffers(model)}
+            found[f"{kind}/{name}"] = TensorSpec(dtype="F32", shape=shape)
+    for name, buffer in _buffers(model):
+        found[f"buffer/{name}"] = TensorSpec(dtype=DTYPES[buffer.dtype], shape=list(buffer.shape))
+    return found
+
+
+def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors that hold an infinity or a NaN, at the cost of reading each value once.
+
+    A sum that is finite proves that all values are; only where it is not are the values looked at one by one.
+    """
+    suspects = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.sum().isfinite()]
+    return [name for name in suspects if not tensors[name].isfinite().all()]
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -81,14 +107,15 @@ def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
 
 
-def owners(sizes: Mapping[str, tuple[int, ...]], world_size: int) -> dict[str, int]:
-    """Which rank keeps and writes each tensor that all ranks have, so that all write about as many bytes: the largest
-    first, each to the rank that has least so far."""
+def owners(specs: Mapping[str, TensorSpec], world_size: int) -> dict[str, int]:
+    """Return which rank keeps and writes each tensor that all ranks have, so that all write about as many bytes: the
+    largest first, each to the rank that has least so far."""
     loads = [0] * world_size
     found: dict[str, int] = {}
-    for name, shape in sorted(sizes.items(), key=lambda item: (-torch.Size(item[1]).numel(), item[0])):
+    sizes = {name: math.prod(spec.shape) for name, spec in specs.items()}
+    for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
         rank = loads.index(min(loads))
-        loads[rank] += torch.Size(shape).numel()
+        loads[rank] += size
         found[name] = rank
     return found
 
@@ -101,17 +128,17 @@ class HostCopies:
         self.rank = rank
         self.world_size = world_size
         self.tensors: dict[str, Tensor] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        """Name -> shape of all tensors; known once some have been copied."""
+        self.specs: dict[str, TensorSpec] = {}
+        """Name -> element type and shape of all tensors; known once some have been copied."""
         self._owners: dict[str, int] = {}
         self._from_gpu = False
 
     def capture(self, spread: Spread) -> dict[str, Tensor]:
         """Copy this rank's share of the state as it is now."""
         model = spread.plain_model()
-        if not self.shapes:
-            self.shapes = shapes(model)
-            self._owners = owners(self.shapes, self.world_size)
+        if not self.specs:
+            self.specs = tensor_specs(model)
+            self._owners = owners(self.specs, self.world_size)
         owner, copies = self._owners, _Copies()
         for name, parameter in model.named_parameters():
             for kind in ("weight", *(MOMENTS if parameter.requires_grad else ())):

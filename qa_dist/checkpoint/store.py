@@ -108,7 +108,7 @@ def write_shard(directory: Path, name: str, tensors: dict[str, Tensor]) -> File:
         save_file(tensors, path)
     use_default_mode(path)
     flush(path)
-    return File.of(path)
+    return File.of(path, in_chunks=True)
 
 
 def add_files(directory: Path, write: Callable[[Path], object]) -> dict[str, File]:
@@ -217,7 +217,9 @@ class Shards:
 
     def __init__(self, directory: Path, manifest: Manifest):
         """Raises `DamagedError` for a shard that cannot be read."""
-        self.shapes = {key: tuple(shape) for key, shape in manifest.tensors.items()}
+        self.shapes = {key: tuple(spec.shape) for key, spec in manifest.tensors.items()}
+        self.dtypes: dict[str, str] = {}
+        """Tensor -> element type of the pieces of it that are here."""
         names = [name for name in manifest.files if name.endswith(".safetensors")]
         self.missing = [name for name in names if not (directory / name).is_file()]
         self.pieces: dict[str, list[tuple[int, int, str, str]]] = {}
@@ -230,8 +232,14 @@ class Shards:
                 self._files[name] = safe_open(directory / name, framework="pt").__enter__()
                 for stored in self._files[name].keys():  # noqa: SIM118 -- not a dictionary
                     key, _, start = stored.partition(":")
-                    count = math.prod(self._files[name].get_slice(stored).get_shape())
-                    self.pieces.setdefault(key, []).append((int(start or 0), count, name, stored))
+                    piece = self._files[name].get_slice(stored)
+                    self.pieces.setdefault(key, []).append(
+                        (int(start or 0), math.prod(piece.get_shape()), name, stored)
+                    )
+                    expected = manifest.tensors[key].dtype if key in manifest.tensors else None
+                    dtype = self.dtypes.setdefault(key, expected or piece.get_dtype())
+                    if piece.get_dtype() != dtype:
+                        raise DamagedError(f"{stored} in {name} is {piece.get_dtype()} instead of {dtype}")
             except (OSError, ValueError, SafetensorError) as error:
                 raise DamagedError(f"{name} cannot be read: {error}") from None
         for pieces in self.pieces.values():

@@ -4,7 +4,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from qa_dist.checkpoint.manifest import File, Manifest
+from qa_dist.checkpoint.state import non_finite
 from qa_dist.checkpoint.store import (
     add_files,
     directory_name,
@@ -21,9 +22,14 @@ from qa_dist.checkpoint.store import (
     write_manifest,
     write_shard,
 )
+from qa_dist.errors import listing
 
 Exchange = Callable[[Any], list[Any]]
 """Every rank's value, by rank, on all of them; over connections that the training thread does not use."""
+
+
+class NonFiniteStateError(Exception):
+    """The weights or moments of a run hold a NaN or an infinity, so that nothing could be trained from them."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,11 @@ class CheckpointWriter:
         """Returns the problems of all ranks; all get the same answer."""
 
         def clear() -> None:
+            if bad := non_finite(tensors):
+                names = listing([name.partition(":")[0] for name in bad], 3)
+                raise NonFiniteStateError(
+                    f"{names} on rank {self.rank}: not finite (NaN or infinity); older ones are kept"
+                )
             if self.is_local_main:
                 shutil.rmtree(temporary, ignore_errors=True)
 
@@ -141,7 +152,7 @@ class CheckpointWriter:
         if problems:
             return problems
         (first, *_), _ = self._all(lambda: manifest if self.rank == 0 else None)
-        whole = replace(first, files={name: file for written in shards for name, file in written.items()})
+        whole = first.model_copy(update={"files": {name: file for written in shards for name, file in written.items()}})
 
         def finish() -> None:
             if keeps_own:
@@ -179,6 +190,8 @@ class CheckpointWriter:
             result = action()
         except OSError as error:
             problem = f"{error.filename or self.root}: {error.strerror or error}"
+        except NonFiniteStateError as error:
+            problem = str(error)
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         answers = self.exchange((result, problem))

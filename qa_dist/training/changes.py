@@ -1,14 +1,15 @@
 """What may differ between a checkpoint and the run that resumes it: settings, data, the model and the batches."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import PretrainedConfig
 
-from qa_dist.checkpoint.manifest import Manifest
+from qa_dist.checkpoint.manifest import SCHEMA_VERSION, Manifest
+from qa_dist.checkpoint.progress import Progress
 from qa_dist.checkpoint.store import checkpoints
 from qa_dist.config import BATCHING, FREE_TO_CHANGE, RunConfig
 from qa_dist.errors import UserError, listing
@@ -59,10 +60,19 @@ def check_settings(
     return [f"{key}: {before.get(key)} before, {now.get(key)} now" for key in notable]
 
 
-def is_end_of_epoch(progress: Mapping[str, Any]) -> bool:
+def schema_notes(manifest: Manifest) -> list[str]:
+    """Return a note for the user where the manifest is of an earlier schema."""
+    if manifest.schema_version == SCHEMA_VERSION:
+        return []
+    return [
+        f"the checkpoint of step {manifest.step} was written by an earlier version of qa_dist (schema "
+        f"{manifest.schema_version}), whose manifest is not protected against changes"
+    ]
+
+
+def is_end_of_epoch(progress: Progress) -> bool:
     """Return whether a checkpoint with these counters has no batch of its epoch left to do."""
-    done = progress.get("batches_done")
-    return done == 0 or (isinstance(done, int) and done == progress.get("batches_in_epoch"))
+    return progress.batches_done in (0, progress.batches_in_epoch)
 
 
 def require_whole_epoch(manifest: Manifest, changed: list[str], beside: Path | None = None) -> None:
@@ -70,7 +80,7 @@ def require_whole_epoch(manifest: Manifest, changed: list[str], beside: Path | N
     could not be told. The message names a checkpoint among those in `beside` that can be resumed instead."""
     if not changed or is_end_of_epoch(manifest.progress):
         return
-    done, total = manifest.progress.get("batches_done"), manifest.progress.get("batches_in_epoch")
+    done, total = manifest.progress.batches_done, manifest.progress.batches_in_epoch
     raise UserError(
         f"{listing(changed)}: changed, but batches can only change at the end of an epoch. The checkpoint of step "
         f"{manifest.step} was written after {done}{f' of the {total}' if total else ''} batches of epoch "
@@ -134,7 +144,7 @@ def check_model(
 def _json(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 

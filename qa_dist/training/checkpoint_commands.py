@@ -50,6 +50,6 @@ def _table(found: Sequence[Found], good: str) -> Table:
         if manifest is not None:
             score = "" if manifest.score is None else f"{manifest.score:.3f}"
             size = sum(file.size for file in manifest.files.values()) / 1e6
-            cells = [str(manifest.epoch), score, f"{size:,.1f}", manifest.engine]
+            cells = [str(manifest.epoch), score, f"{size:,.1f}", str(manifest.launch)]
         table.add_row(one.path.name, *cells, one.problem or good)
     return table

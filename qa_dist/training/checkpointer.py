@@ -1,12 +1,11 @@
 """When a checkpoint is due, and what goes into it."""
 
-import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from qa_dist.checkpoint.manifest import Manifest
+from qa_dist.checkpoint.manifest import Manifest, Optimizer
+from qa_dist.checkpoint.progress import Progress
 from qa_dist.checkpoint.state import HostCopies
 from qa_dist.checkpoint.writer import CheckpointWriter, Retention
 from qa_dist.config import RunConfig
@@ -71,27 +70,28 @@ class Checkpointer:
         """On one process: the others have other clocks."""
         return self.unit == "minute" and time.monotonic() - self._last >= 60 * self.count
 
-    def save(self, progress: Any, score: float | None) -> None:
-        """Copy the state to host memory, and have it written. `progress` is a dataclass. All ranks have to call it."""
+    def save(self, progress: Progress, score: float | None) -> None:
+        """Copy the state to host memory, and have it written. All ranks have to call it."""
         if not self.unit or progress.step == 0 or (self.written_step == progress.step and score is None):
             return
         self.writer.wait()  # the buffers may still be being written
         tensors = self.copies.capture(self.engine.strategy)
-        counters = dataclasses.asdict(progress)
-        counters["loss_scale"] = self.engine.strategy.loss_scale_state()
-        counters["run_id"] = self.run.id
+        strategy = self.engine.strategy
         self._step = progress.step
-        counters["metrics_bytes"] = self._metrics_bytes = self.run.metrics_bytes
+        self._metrics_bytes = self.run.metrics_bytes
         manifest = Manifest(
             step=progress.step,
             epoch=progress.epoch,
-            engine=self.engine.description,
-            world_size=self.engine.world_size,
+            launch=self.engine.launch,
+            optimizer=Optimizer(fused=bool(strategy.optimizer.param_groups[0].get("fused"))),
             config=self.config.model_dump(mode="json"),
             data=self.data_digest,
-            progress=counters,
+            progress=progress.model_copy(deep=True),  # training goes on while it is written
+            run_id=self.run.id,
+            loss_scale=strategy.loss_scale_state(),
+            metrics_bytes=self._metrics_bytes,
             score=score,
-            tensors={name: list(shape) for name, shape in self.copies.shapes.items()},
+            tensors=self.copies.specs,
             files={},
         )
         self.writer.submit(tensors, manifest)

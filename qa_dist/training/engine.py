@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage] -- documented
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from qa_dist.checkpoint.manifest import Launch
 from qa_dist.config import RunConfig
 from qa_dist.errors import NotPushedError, TrainingError, UserError
 from qa_dist.tasks.task import Batch
@@ -139,10 +140,16 @@ class Engine:
 
     @property
     def description(self) -> str:
-        """One line on device, engine, precision and processes, for people."""
+        """One line on strategy, precision, processes and device, for people."""
+        return str(self.launch)
+
+    @property
+    def launch(self) -> Launch:
+        """Strategy, precision, processes and device of this run."""
         precision = {"no": "float32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision)
-        processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
-        return f"{self.strategy.name}, {precision}, {processes} on {self.device.type}"
+        return Launch(
+            strategy=self.strategy.name, precision=precision, world_size=self.world_size, device=self.device.type
+        )
 
     # ------------------------------------------------------------------------------------------- the model
 

@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -69,60 +69,3 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-@dataclass
-class Meter:
-    """Sums over the steps since the last logged one. Figures of all ranks together but for the seconds."""
-
-    losses: list[float] = field(default_factory=list)
-    """Of the steps that were not skipped."""
-    steps: int = 0
-    skipped: int = 0
-    samples: int = 0
-    tokens: int = 0
-    padded_tokens: int = 0
-    """Tokens and padding that the model was given."""
-    flops: float = 0.0
-    seconds: float = 0.0
-    data_seconds: float = 0.0
-    """Time in which this process waited for its next batch."""
-
-    def add(
-        self,
-        loss: float | None,
-        *,
-        samples: int,
-        tokens: int,
-        padded_tokens: int,
-        flops: float,
-        times: tuple[float, float],
-    ) -> None:
-        """Count one more step; `loss` is None where it was skipped, `times` its seconds and those spent waiting."""
-        self.steps += 1
-        if loss is None:
-            self.skipped += 1
-        else:
-            self.losses.append(loss)
-        self.samples += samples
-        self.tokens += tokens
-        self.padded_tokens += padded_tokens
-        self.flops += flops
-        self.seconds += times[0]
-        self.data_seconds += times[1]
-
-    def figures(self, world_size: int, peak: float | None) -> dict[str, float]:
-        """The sums as rates and shares; `peak` is the FLOP/s of one device."""
-        steps, seconds = max(self.steps, 1), max(self.seconds, 1e-9)
-        result = {
-            "loss": sum(self.losses) / len(self.losses) if self.losses else float("nan"),
-            "samples_per_second": self.samples / seconds,
-            "tokens_per_second": self.tokens / seconds,
-            "padding": 1 - self.tokens / max(self.padded_tokens, 1),
-            "seconds_per_step": seconds / steps,
-            "data_seconds": self.data_seconds,
-            "skipped_steps": self.skipped,
-        }
-        if self.flops and peak:
-            result["model_flops_utilization"] = self.flops / seconds / (peak * world_size)
-        return result

@@ -205,7 +205,7 @@ def run_of(view: RemoteStates) -> str | None:
         return view.pointer.run
     for name in view.names:
         try:
-            return patiently(lambda name=name: read_manifest(view, name))[0].progress.get("run_id")
+            return patiently(lambda name=name: read_manifest(view, name))[0].run_id
         except DamagedError:
             continue
         except HubError as error:

@@ -8,23 +8,23 @@ that change.
 import math
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
+from qa_dist.checkpoint.progress import Meter, Progress
 from qa_dist.checkpoint.publication import Pointer
 from qa_dist.checkpoint.state import full_weights
 from qa_dist.config import RunConfig
 from qa_dist.errors import NotPushedError, TrainingError, UserError
 from qa_dist.reporting.run_directory import RunDirectory, StoppedError
-from qa_dist.reporting.tracker import History, Tracker
+from qa_dist.reporting.tracker import Tracker
 from qa_dist.tasks.task import FeatureSet, Score, Task
 from qa_dist.training.batching import Indices
 from qa_dist.training.checkpointer import Checkpointer
 from qa_dist.training.engine import Engine
 from qa_dist.training.evaluation import evaluate
 from qa_dist.training.export import export_model, exported_step
-from qa_dist.training.health import FlopsPerWindow, Meter, peak_flops, peak_memory
+from qa_dist.training.health import FlopsPerWindow, peak_flops, peak_memory
 from qa_dist.training.hub_view import HubView, fetch_model
 from qa_dist.training.preemption import StopRequest
 from qa_dist.training.prefetch import made_ahead
@@ -35,49 +35,6 @@ from qa_dist.training.step import NonFiniteError, Step, StepResult
 
 MOST_WARM_UPS = 40
 """Steps after which float16's loss scale is low enough for any first step that works at all."""
-
-
-@dataclass
-class Progress:
-    """The numbers that change while a run goes on; a checkpoint holds them all."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    updates: int = 0
-    """Those that were not skipped."""
-    epoch: int = 1
-    """The epoch that training is in."""
-    batches_done: int = 0
-    """Global batches done of that epoch."""
-    batches_in_epoch: int = 0
-    """Global batches that the epoch has in all; 0 before its first one, and in checkpoints that do not say."""
-    loss_sum: float = 0.0
-    """Of the epoch's steps that were not skipped."""
-    loss_count: int = 0
-    skipped_in_a_row: int = 0
-    """float16 steps that have overflowed since the last one that did not."""
-    train_seconds: float = 0.0
-    """Time spent in training steps, without evaluation."""
-    history: History = field(default_factory=list)
-    """One row per evaluation, or per epoch where nothing is evaluated."""
-    exported_epoch: int | None = None
-    """The epoch whose weights were exported last, to this run directory's model/ or to that of an earlier machine."""
-    exported_step: int | None = None
-    """And its step, by which model/ is known again."""
-    meter: Meter = field(default_factory=Meter)
-    """Sums since the last logged step."""
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """Epoch and batches done of the place where training continues: the next epoch after the last batch of one,
-        also before the evaluation."""
-        is_whole = 0 < self.batches_done == self.batches_in_epoch
-        return (self.epoch + 1, 0) if is_whole else (self.epoch, self.batches_done)
-
-    @classmethod
-    def of(cls, values: dict[str, Any]) -> "Progress":
-        """What `dataclasses.asdict` has made of one."""
-        return cls(**{**values, "meter": Meter(**values["meter"])})
 
 
 @dataclass
@@ -124,19 +81,13 @@ class Training:
             if not self.step.run(0, 0.0, first, collated).skipped:
                 break
         load(self.engine, checkpoint)
-        values = dict(checkpoint.manifest.progress)
-        try:
-            scaler = values.pop("loss_scale")
-            values.pop("metrics_bytes")
-            values.pop("run_id", None)
-            self.progress = progress = Progress.of(values)
-        except (KeyError, TypeError):
-            raise UserError(f"{checkpoint.path}: its manifest does not say how far training was") from None
+        manifest = checkpoint.manifest
+        self.progress = progress = manifest.progress.model_copy(deep=True)
         self.total_steps = progress.step + max(self.plan.total - self.plan.completed(*progress.place), 0)
         stored = self.engine.broadcast(exported_step(self.run.path / "model"))
         self.has_model = stored is not None and stored == progress.exported_step
         self.engine.strategy.set_step_count(progress.updates)
-        self.engine.strategy.restore_loss_scale(scaler)
+        self.engine.strategy.restore_loss_scale(manifest.loss_scale)
         self.run.step = progress.step
         self.checkpointer.written_step = progress.step if in_place else None
 

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qa_dist.checkpoint import manifest as manifests
-from qa_dist.checkpoint.manifest import DamagedError, Manifest, damage
+from qa_dist.checkpoint.manifest import DamagedError, Manifest, TensorSpec, damage
 from qa_dist.checkpoint.pull import RemoteStates
-from qa_dist.checkpoint.state import restore, shapes
+from qa_dist.checkpoint.state import restore, tensor_specs
 from qa_dist.checkpoint.store import Shards, gap, step_directories
 from qa_dist.config import RunConfig
 from qa_dist.errors import UserError, listing
@@ -146,7 +146,7 @@ def _is_of_same_run(engine: Engine, config: RunConfig, local: Checkpoint | None,
             return
         theirs = run_of(remote)
         same = theirs is not None and theirs in (
-            local.manifest.progress.get("run_id"),
+            local.manifest.run_id,
             read_status(config.output_dir).get("run"),
         )
 
@@ -210,7 +210,8 @@ def _agreed(engine: Engine, path: Path) -> tuple[str, Manifest | None]:
 def load(engine: Engine, checkpoint: Checkpoint) -> None:
     """Make weights and moments those of `checkpoint`. A step has to have been done before. Raises `UserError` when
     they are not those of this model."""
-    expected = shapes(engine.strategy.plain_model())
+    specs = tensor_specs(engine.strategy.plain_model())
+    expected = {key: tuple(spec.shape) for key, spec in specs.items()}
     problem, shards = None, None
     try:
         shards = Shards(checkpoint.path, checkpoint.manifest)
@@ -222,7 +223,7 @@ def load(engine: Engine, checkpoint: Checkpoint) -> None:
         if text is not None:
             raise UserError(f"{checkpoint.path}: {text}")
     assert shards is not None
-    _require_same(checkpoint.path, shards.shapes, expected)
+    _require_same(checkpoint.path, shards, specs)
     holders: dict[str, dict[tuple[int, int, str, str], int]] = {}  # tensor -> piece -> the first rank that has it
     for rank, (_, pieces_of, _) in enumerate(answers):
         for key, pieces in pieces_of.items():
@@ -250,15 +251,28 @@ def load(engine: Engine, checkpoint: Checkpoint) -> None:
     restore(engine.strategy, from_all_nodes)
 
 
-def _require_same(path: Path, stored: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+def _require_same(path: Path, shards: Shards, expected: dict[str, TensorSpec]) -> None:
+    """Raise `UserError` unless the tensors of the checkpoint are those of the model."""
+    stored = shards.shapes
     missing, other = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     differing = [
-        f"{key} {stored[key]}" for key in sorted(stored.keys() & expected.keys()) if stored[key] != expected[key]
+        f"{key} {stored[key]}"
+        for key in sorted(stored.keys() & expected.keys())
+        if stored[key] != tuple(expected[key].shape)
+    ]
+    differing += [
+        f"{key} {dtype} instead of {expected[key].dtype}"
+        for key, dtype in sorted(shards.dtypes.items())
+        if key in expected and dtype != expected[key].dtype
     ]
     if missing or other or differing:
         found = [
             f"{what} ({listing(names)})"
-            for what, names in (("tensors missing", missing), ("unknown ones", other), ("other shapes", differing))
+            for what, names in (
+                ("tensors missing", missing),
+                ("unknown ones", other),
+                ("other shapes or types", differing),
+            )
             if names
         ]
         raise UserError(f"{path}: is of another model: {', '.join(found)}")

@@ -18,7 +18,7 @@ from qa_dist.reporting.status import read_status
 from qa_dist.reporting.tracker import Tracker, announce, summary_table
 from qa_dist.tasks import load_task
 from qa_dist.tasks.task import FeatureSet, Task
-from qa_dist.training.changes import check_data, check_model, check_settings, is_same_run
+from qa_dist.training.changes import check_data, check_model, check_settings, is_same_run, schema_notes
 from qa_dist.training.engine import Engine, is_lost_connection, is_out_of_memory
 from qa_dist.training.evaluation import evaluate
 from qa_dist.training.health import FlopsPerWindow
@@ -69,7 +69,7 @@ def train(config: RunConfig, launch: LaunchEnvironment, resume: Resume) -> None:
                 engine.watchdog.phase(f"going on from {checkpoint.path}")
                 in_place = _is_in(checkpoint, config)
                 training.resume(checkpoint, in_place=in_place)
-                kept = checkpoint.manifest.progress.get("metrics_bytes", 0) if in_place else 0
+                kept = checkpoint.manifest.metrics_bytes if in_place else 0
                 state = checkpoint.path if in_place else None
                 engine.on_main(lambda: run.go_on(to_yaml(config), kept, state))
                 if in_place:
@@ -151,6 +151,7 @@ def _session(
             manifest, beside = checkpoint.manifest, checkpoint.path.parent
             changes = check_settings(manifest, config, resume.allow_changed, beside)
             notes += [f"changed: {note}" for note in changes]
+            notes += schema_notes(manifest)
             run.step = checkpoint.manifest.step
         is_own = goes_on or (checkpoint is None and resume.is_in_place and is_same_run(config))
         is_fork = resume.repository[0] not in (None, config.hub.repo_id)
@@ -203,7 +204,7 @@ def _run_id(config: RunConfig, checkpoint: Checkpoint | None, is_own: bool, is_f
         return new_id()  # what goes on elsewhere from another run's state is another run
     before = [read_status(config.output_dir).get("run")]
     if checkpoint is not None and not is_fork:
-        before.append(checkpoint.manifest.progress.get("run_id"))
+        before.append(checkpoint.manifest.run_id)
     return next((name for name in before if isinstance(name, str) and name), new_id())
 
 

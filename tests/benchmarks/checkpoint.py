@@ -22,14 +22,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForQuestionAnswering
 
-from qa_dist.checkpoint.manifest import Manifest
 from qa_dist.checkpoint.state import MOMENTS, HostCopies
 from qa_dist.checkpoint.store import directory_name
 from qa_dist.checkpoint.writer import CheckpointWriter, Retention
 from qa_dist.config import RunConfig
 from qa_dist.training.engine import Engine
 from qa_dist.training.launch_environment import LaunchEnvironment
-from tests.helpers import Launcher
+from tests.helpers import Launcher, make_manifest
 
 SETUPS = [("ddp", 1), ("ddp", 2), ("zero2", 2), ("zero3", 2)]
 SHAPE = {
@@ -72,7 +71,7 @@ def worker(target: Path) -> None:
         engine.gather(None)
         started = time.perf_counter()
         tensors = copies.capture(engine.strategy)
-        manifest = Manifest(number, 1, engine.description, engine.world_size, {}, "", {}, None, {}, {})
+        manifest = make_manifest(number, world_size=engine.world_size)
         writer.submit(tensors, manifest)
         times["ours"].append(time.perf_counter() - started)
         writer.wait()

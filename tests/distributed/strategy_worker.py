@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from qa_dist.checkpoint.manifest import Manifest
-from qa_dist.checkpoint.state import HostCopies, full_weights, shapes
+from qa_dist.checkpoint.state import HostCopies, full_weights, tensor_specs
 from qa_dist.checkpoint.writer import CheckpointWriter, Retention
 from qa_dist.config import OutputConfig, RunConfig
 from qa_dist.errors import UserError
@@ -26,6 +25,7 @@ from qa_dist.training.resume import DIRECTORY, Resume, find, load
 from qa_dist.training.step import Step
 from qa_dist.training.strategies import NonFiniteGradientError
 from tests.distributed.evaluation_worker import Numbers, SumTask
+from tests.helpers import make_manifest
 
 
 class Spoiled(torch.autograd.Function):
@@ -153,8 +153,8 @@ def disks_of_their_own(engine: Engine) -> dict[str, Any]:
     for number in (1, 2):
         step(engine, spoiled=False)
         tensors = copies.capture(engine.strategy)
-        sizes = {key: list(shape) for key, shape in shapes(engine.strategy.plain_model()).items()}
-        writer.submit(tensors, Manifest(number, 1, "", engine.world_size, {}, "", {}, None, sizes, {}))
+        specs = tensor_specs(engine.strategy.plain_model())
+        writer.submit(tensors, make_manifest(number, world_size=engine.world_size, tensors=specs))
         writer.wait()
         assert writer.problem is None, writer.problem
     own_directory = RunConfig(run=OutputConfig(output_dir=node))

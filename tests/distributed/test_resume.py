@@ -92,14 +92,14 @@ def test_checkpoints_hold_tensors_and_json_alone(saved: dict[str, Path]):
         tensors = {key: tensor for path in shards for key, tensor in load_file(path).items()}
         manifest = json.loads((directory / "manifest.json").read_text())
         assert others | {path.name for path in shards} == {"manifest.json", *manifest["files"]}
-        assert (manifest["step"], manifest["world_size"]) == (5, world_size)
+        assert (manifest["step"], manifest["launch"]["world_size"]) == (5, world_size)
         assert {key.partition(":")[0] for key in tensors} == manifest["tensors"].keys()
         weights = {key.partition("/")[2] for key in manifest["tensors"]}
         kinds = ("weight", "exp_avg", "exp_avg_sq")
         assert {f"{kind}/{one}" for kind in kinds for one in weights} == manifest["tensors"].keys()
         assert weights == load_file(run / "model/model.safetensors").keys()
         values = sum(tensor.numel() for tensor in tensors.values())
-        assert values == sum(math.prod(shape) for shape in manifest["tensors"].values())  # each value once
+        assert values == sum(math.prod(spec["shape"]) for spec in manifest["tensors"].values())  # each value once
         sizes = [path.stat().st_size for path in shards]
         assert sum(sizes) < 1.02 * 4 * values + 40_000  # 40 kB of headers, which a real model does not notice
         assert max(sizes) < 1.5 * min(sizes)

@@ -26,7 +26,7 @@ from qa_dist.checkpoint.store import checkpoints, thin_out
 from qa_dist.cli import main
 from qa_dist.config import TrainConfig
 from qa_dist.training.schedule import learning_rate
-from tests.helpers import ROOT, TINY_BERT, Launcher, environment, jsonl, tiny_flags
+from tests.helpers import ROOT, TINY_BERT, Launcher, environment, jsonl, sealed, tiny_flags
 
 DROPOUT = json.dumps(TINY_BERT | {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1})
 FLAGS = tiny_flags(**{"model.config": DROPOUT, "checkpoint.every": "4 steps", "checkpoint.keep_last": "3"})
@@ -362,12 +362,12 @@ def empty(run: Path) -> None:
     manifest_of(run).write_text("")
 
 
-def no_progress(run: Path) -> None:
+def no_score(run: Path) -> None:
     change_manifest(run, score="high")
 
 
 def change_manifest(run: Path, **values: Any) -> None:
-    manifest_of(run).write_text(json.dumps(json.loads(manifest_of(run).read_text()) | values))
+    manifest_of(run).write_bytes(sealed(json.loads(manifest_of(run).read_text()) | values))
 
 
 def escape(run: Path) -> None:
@@ -388,7 +388,7 @@ def twice(run: Path) -> None:
         (empty, "its manifest cannot be read"),
         (escape, "its manifest names a file outside of its directory: '../step_00000020"),
         (twice, "its manifest is that of step 20"),
-        (no_progress, "its manifest is incomplete"),
+        (no_score, "its manifest is not valid: 'score: Input should be a valid number'"),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over(
@@ -413,10 +413,10 @@ def test_a_damaged_checkpoint_that_was_named_is_an_error(cut_off: Path, tmp_path
 
 
 def test_a_newer_version_is_refused(cut_off: Path, capsys):
-    change_manifest(cut_off, schema_version=2)
+    change_manifest(cut_off, schema_version=3)
     code, _, message = train(capsys, cut_off, "--resume", "auto")
     assert code == 2
-    assert "was written by a newer version of qa_dist (schema 2" in message
+    assert "was written by a newer version of qa_dist (schema 3" in message
 
 
 @pytest.mark.parametrize(
@@ -426,15 +426,15 @@ def test_a_newer_version_is_refused(cut_off: Path, capsys):
 def test_tensors_of_another_model(what: str, expected: str, cut_off: Path, capsys):
     shard = shard_of(cut_off)
     tensors = load_file(shard)
-    name = next(key for key in tensors if key.endswith("qa_outputs.weight"))
-    tensor = tensors.pop(name)
-    tensors |= {f"{name}2": tensor} if what == "names" else {name: torch.zeros(3, 3)}
+    for name in [key for key in tensors if key.endswith("qa_outputs.weight")]:
+        tensor = tensors.pop(name)
+        tensors |= {f"{name}2": tensor} if what == "names" else {name: torch.zeros(3, 3)}
     save_file(tensors, shard)
     digest = hashlib.sha256(shard.read_bytes()).hexdigest()
     content = json.loads(manifest_of(cut_off).read_text())
     files = content["files"] | {shard.name: {"size": shard.stat().st_size, "sha256": digest}}
-    shapes = {key: list(tensor.shape) for key, tensor in tensors.items()} if what != "values" else content["tensors"]
-    change_manifest(cut_off, files=files, tensors=shapes)
+    specs = {key: {"dtype": "F32", "shape": list(tensor.shape)} for key, tensor in tensors.items()}
+    change_manifest(cut_off, files=files, tensors=specs if what != "values" else content["tensors"])
     code, _, message = train(capsys, cut_off, "--resume", "auto")
     assert code == 2
     assert expected in message

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qa_dist.checkpoint.manifest import Manifest
 from qa_dist.checkpoint.store import publish_directory
 from qa_dist.checkpoint.writer import CheckpointWriter, Retention
 from qa_dist.errors import UserError
 from qa_dist.reporting.run_directory import RunDirectory, StoppedError, require_free
 from qa_dist.reporting.status import read_status
+from tests.helpers import make_manifest
 
 
 def test_a_disk_that_takes_no_more_is_named(tmp_path: Path):
@@ -82,7 +82,7 @@ def test_files_and_directories_follow_the_umask(umask: int, tmp_path: Path):
             retention=Retention(1, 0),
             companions=lambda directory: (directory / "config.json").write_text("{}"),
         )
-        writer.submit(weights, Manifest(1, 1, "", 1, {}, "", {}, None, {"weight/w": [3]}, {}))
+        writer.submit(weights, make_manifest(1))
         writer.wait()
         assert writer.news() == []
 

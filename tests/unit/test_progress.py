@@ -1,16 +1,16 @@
 """What the loop counts, and when it gives up."""
 
 import dataclasses
-import json
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from qa_dist.checkpoint.progress import Progress
 from qa_dist.config import RunConfig
 from qa_dist.errors import TrainingError
-from qa_dist.training.loop import Progress, Training
+from qa_dist.training.loop import Training
 from qa_dist.training.prefetch import made_ahead
 from qa_dist.training.step import StepResult
 
@@ -53,8 +53,8 @@ def test_too_many_skipped_steps_in_a_row_end_the_run():
 def test_progress_survives_json():
     made = training()
     made._count(DONE, np.array([0, 1]), 0.5, 0.0)
-    made.progress.history.append({"epoch": 1, "f1": 3.5})
-    assert Progress.of(json.loads(json.dumps(dataclasses.asdict(made.progress)))) == made.progress
+    made.progress.history.append({"epoch": 1, "step": 1, "f1": 3.5})
+    assert Progress.model_validate_json(made.progress.model_dump_json()) == made.progress
 
 
 def test_items_are_made_ahead_in_order_and_errors_come_where_the_item_would():

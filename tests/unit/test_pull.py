@@ -16,6 +16,7 @@ from qa_dist.checkpoint.hub_client import HubError
 from qa_dist.checkpoint.manifest import DamagedError, Manifest, damage
 from qa_dist.checkpoint.pull import pull, states
 from qa_dist.errors import UserError
+from tests.helpers import sealed
 from tests.hub_runs import REPO, STATES, Runner, make_state
 from tests.hub_server import DROP_IN_BODY, ENDLESS, FLIP_BYTE, TRUNCATE, Action, Fault, HubServer, status
 
@@ -123,7 +124,7 @@ def hostile(hub: HubServer, tmp_path: Path, change: Callable[[dict[str, Any], di
     manifest = json.loads(files["manifest.json"])
     change(manifest, files)
     if isinstance(manifest.get("files"), dict):
-        files["manifest.json"] = json.dumps(manifest).encode()
+        files["manifest.json"] = sealed(manifest)
     repo = hub.repo(REPO)
     pointer = json.loads(repo.read("pushed.json", STATES))
     digest = hashlib.sha256(files["manifest.json"]).hexdigest()
@@ -177,7 +178,7 @@ def with_size_too_small(manifest: dict[str, Any], files: dict[str, bytes]) -> No
 
 
 def with_size_too_large(manifest: dict[str, Any], files: dict[str, bytes]) -> None:
-    manifest["files"][SHARD]["size"] = 10**15
+    manifest["files"][SHARD] |= {"size": 10**15, "chunks": []}
 
 
 def with_size_below_zero(manifest: dict[str, Any], files: dict[str, bytes]) -> None:
@@ -197,13 +198,13 @@ HOSTILE = {
     with_code: "a file of a kind that no state has: 'modeling.py'",
     with_climbing_path: "names a file outside of its directory",
     with_absolute_path: "names a file outside of its directory",
-    with_second_manifest: "a file of a kind that no state has: 'manifest.json'",
+    with_second_manifest: "names a file outside of its directory: 'manifest.json'",
     with_too_many_files: "names 6,004 files|names 6,003 files",
-    with_ten_million_entries: "more than 33,554,432 bytes",
+    with_ten_million_entries: "more than 16,777,216 bytes",
     with_depth: "its manifest cannot be read",
     with_size_too_small: "instead of 10",
     with_size_too_large: "instead of 1,000,000,000,000,000",
-    with_size_below_zero: "instead of -1",
+    with_size_below_zero: "files.state-00000-of-00002.safetensors.size: Input should be greater than or equal to 0",
     with_other_bytes: "is not what its manifest says",
     with_a_file_less: "is missing",
 }
