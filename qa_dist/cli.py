@@ -20,6 +20,7 @@ from qa_dist.config import RunConfig
 from qa_dist.config_sources import Problem, Source, from_flags, from_yaml, leaves, reference, resolve, to_yaml
 from qa_dist.errors import UserError
 from qa_dist.launch_directory import LaunchDirectory, conclude
+from qa_dist.reporting.run_name import default_name, model_directory
 
 if TYPE_CHECKING:  # heavy imports wait until they are needed
     from qa_dist.training.launch_environment import LaunchEnvironment
@@ -28,8 +29,8 @@ if TYPE_CHECKING:  # heavy imports wait until they are needed
 COMMANDS = {
     "train": "Fine-tune a model and evaluate it after every epoch.",
     "launch": "Start train, evaluate, predict or doctor on all GPUs of this machine, or of a SLURM job: launch train …",
-    "evaluate": "Score a trained model: --model DIR --data.validation_file FILE --run.output_dir DIR.",
-    "predict": "Answer questions, or find entities: --model DIR --data.validation_file FILE --run.output_dir DIR.",
+    "evaluate": "Score a trained model: --model DIR --data.validation_file FILE [--run.output_dir DIR].",
+    "predict": "Answer questions, or find entities: --model DIR --data.validation_file FILE [--run.output_dir DIR].",
     "answer": "Answer a question from a text, or a file of questions: --model DIR --question TEXT --context_file FILE.",
     "tag": "Find the entities in a text, or in a file of texts: --model DIR --text_file FILE.",
     "serve": "Serve a page to ask a model on: --model DIR.",
@@ -192,9 +193,8 @@ def _read(command: str, args: list[str]) -> tuple[list[Source], dict[str, str | 
     extra = {"config": "YAML file with settings."} | own.get(command, {})
     flags, options = from_flags(args, f"qa-dist {command}", COMMANDS[command], extra)
     config_file = options["config"]
-    name = Source()
-    name.put("run.name", Path(config_file).stem if config_file else command.split()[-1], "the config file's name")
-    return [name, *([from_yaml(Path(config_file))] if config_file else []), flags], options
+    sources = [*([from_yaml(Path(config_file))] if config_file else []), flags]
+    return [default_name(command, config_file, sources), *sources], options
 
 
 def _settings_of(program: Sequence[str]) -> RunConfig:
@@ -212,7 +212,7 @@ def _run(command: str, sources: list[Source], options: dict[str, str | None]) ->
     launch.announce()
     from qa_dist.reporting.run_directory import StoppedError
     from qa_dist.training import session
-    from qa_dist.training.export import exported_settings, model_directory
+    from qa_dist.training.export import exported_settings
     from qa_dist.training.resume import Resume
 
     if command == "doctor":
@@ -295,7 +295,9 @@ def _output_dir_is_free(
         # The others may look when the main process has already begun to write. Where a run is to go on, whose the
         # directory is is seen once its checkpoints are known.
         if launch.is_main and not resume.is_in_place:
-            require_free(config.output_dir, may_go_on=command == "train")
+            of_default_name = command != "train" and config.run.output_dir is None
+            what = "the results of this model on these data" if of_default_name else "another run"
+            require_free(config.output_dir, may_go_on=command == "train", what=what)
     except UserError as error:
         return [Problem(("run.output_dir",), str(error))]
     return []

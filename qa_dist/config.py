@@ -187,7 +187,8 @@ class OutputConfig(Section):
     """The run directory and what is written while training."""
 
     name: str | None = None
-    """Name of the run; by default the config file's name."""
+    """Name of the run; by default that of run.output_dir, or else of the config file; of an evaluation without
+    run.output_dir, one that is made of the model's and the data's names."""
     output_dir: Path | None = None
     """The run directory; by default runs/ and the run's name."""
     timeout_minutes: PositiveInt = 60

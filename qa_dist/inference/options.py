@@ -40,10 +40,14 @@ class ModelOptions:
 
 @dataclass
 class _ForAnswers:
+    decoding: Literal["evaluated", "pipeline"] = "evaluated"
+    """How answers are found: evaluated as by qa-dist evaluate and predict; pipeline by the rule of the question
+    answering pipeline that transformers 5 removed."""
     max_answer_length: int | None = None
     """Longest answer, in tokens; by default the model's own."""
     no_answer_threshold: float | None = None
-    """Of SQuAD 2.0: no answer where its score exceeds the best answer's by more; by default the model's own."""
+    """Of SQuAD 2.0: no answer where its score exceeds the best answer's by more; by default the model's own. Not with
+    decoding pipeline."""
 
 
 @dataclass

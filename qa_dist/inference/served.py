@@ -1,10 +1,10 @@
-"""What a server asks a model, kind by kind: from the values of a request to those of a reply."""
+"""The requests that a server takes, and how a model replies to them, for each kind of model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qa_dist.errors import InputError
+from qa_dist.errors import InputError, listing
 from qa_dist.inference.question_answerer import QuestionAnswerer
 from qa_dist.inference.token_classifier import TokenClassifier
 
@@ -26,6 +26,7 @@ class Served:
 
 def questions(answerer: QuestionAnswerer, name: str) -> Served:
     def texts(values: dict[str, Any]) -> tuple[str, ...]:
+        _require_known(values, ("question", "context", "top_k"))
         question, context = values.get("question"), values.get("context")
         if not isinstance(question, str) or not isinstance(context, str):
             raise InputError("question and context are needed, both texts")
@@ -42,8 +43,15 @@ def questions(answerer: QuestionAnswerer, name: str) -> Served:
     return Served({"name": name, "task": "question_answering", "may_refuse": may_refuse}, texts, ask)
 
 
+def _require_known(values: dict[str, Any], known: Sequence[str]) -> None:
+    """Raise `InputError` if a request has other keys than the `known` ones: what they ask for would not be done."""
+    if unknown := [f"{key!r:.60}" for key in values if key not in known]:
+        raise InputError(f"the request has unknown keys: {listing(unknown)}; it takes {', '.join(known)}")
+
+
 def entities(classifier: TokenClassifier, name: str) -> Served:
     def texts(values: dict[str, Any]) -> tuple[str, ...]:
+        _require_known(values, ("text",))
         text = values.get("text")
         if not isinstance(text, str):
             raise InputError("text is needed, a text")

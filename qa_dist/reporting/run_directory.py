@@ -23,6 +23,8 @@ LIFE_SECONDS = 5.0
 """How often status.json says that the run goes on, and how far it is."""
 State = Literal["running", "completed", "stopped", "failed"]
 
+FIRST_FILES = ("status.json", "config.yaml", "environment.json")
+"""What a run writes before anything that costs time to make."""
 OWN_FILES = ("status.json", "config.yaml", "metrics.jsonl", "metrics.json", "predictions.json", "model", "checkpoints")
 """Names whose presence shows that a directory is in use."""
 
@@ -35,11 +37,11 @@ class StoppedError(Exception):
         self.exit_code = exit_code
 
 
-def require_free(path: Path, *, may_go_on: bool = True) -> None:
-    """Raise `UserError` if `path` holds what a new run would overwrite; the message says how to go on with it, where
-    that may be done.
+def require_free(path: Path, *, may_go_on: bool = True, what: str = "another run") -> None:
+    """Raise `UserError` if `path` holds what a new run would overwrite; the message calls it `what`, and says how to go
+    on with it, where that may be done.
 
-    A run that failed, or was killed, before its first step has left nothing of value: its directory is free.
+    A run that failed, was stopped or was killed before its first step has left nothing of value: its directory is free.
     """
     if path.exists() and not path.is_dir():
         raise UserError(f"run.output_dir: {path} is a file; name a directory")
@@ -49,13 +51,14 @@ def require_free(path: Path, *, may_go_on: bool = True) -> None:
     if not in_use:
         return
     status = read_status(path)
-    ended = status.get("state") == "failed" or (status.get("state") == "running" and is_gone(status))
+    ended = status.get("state") in ("failed", "stopped") or (status.get("state") == "running" and is_gone(status))
     if ended and status.get("step") == 0 and "model" not in in_use and not _has_trained(path):
         return
-    state = f" ({status['state']} at step {status['step']})" if {"state", "step"} <= status.keys() else ""
+    step = f" at step {status['step']}" if status.get("step") else ""
+    state = f" ({status['state']}{step})" if {"state", "step"} <= status.keys() else ""
     go_on = "go on with it (--resume auto), " if may_go_on else ""
     raise UserError(
-        f"run.output_dir: {path} holds another run{state}, and nothing is overwritten: {go_on}set --run.output_dir to "
+        f"run.output_dir: {path} holds {what}{state}, and nothing is overwritten: {go_on}set --run.output_dir to "
         "another directory, or move that one away"
     )
 
@@ -85,6 +88,9 @@ class RunDirectory:
         self._claim: Claim | None = None
         self._is_open = False
         self._has_ended = False
+        self._made: list[Path] = []
+        """The directories that were not there before, the run directory first."""
+        self._is_refused = False
 
     @property
     def metrics_bytes(self) -> int:
@@ -95,17 +101,27 @@ class RunDirectory:
     def claim(self, say: Callable[[str], object]) -> None:
         """See to it that no other run writes here until `close`. Raises `UserError`."""
         if self.is_main:
+            self._made = [path for path in (self.path, *self.path.parents) if not path.exists()]
             self._claim = claim(self.path, say)
 
     def close(self) -> None:
-        """Let others have the directory; it goes if nothing came into it."""
+        """Let others use the directory. Remove it if nothing came into it, or if the start was refused, nothing but a
+        run's first files is in it, and it was not there before."""
         if self._claim is not None:
             with contextlib.suppress(OSError):
-                if not self._is_open and [entry.name for entry in self.path.iterdir()] == [LOCK]:
-                    (self.path / LOCK).unlink()
-                    self.path.rmdir()
+                names = {entry.name for entry in self.path.iterdir()}
+                is_left_over = self._is_refused and bool(self._made) and names <= {LOCK, *FIRST_FILES}
+                if is_left_over or (not self._is_open and names == {LOCK}):
+                    self._remove(names)
             self._claim.close()
             self._claim = None
+
+    def _remove(self, names: set[str]) -> None:
+        """Remove the directory with the files `names`, and those of its parents that were made for it, if empty."""
+        for name in sorted(names, key=lambda name: name == LOCK):
+            (self.path / name).unlink()
+        for path in self._made or [self.path]:
+            path.rmdir()
 
     def open(self, config_yaml: str, launch: str, *, is_own: bool = False, goes_on: bool = False) -> None:
         """Make the directory, write the config, and say that the run is running, and how it was launched.
@@ -168,6 +184,7 @@ class RunDirectory:
             raise
         except UserError as error:
             self._end("failed", str(error), error.exit_code)
+            self._is_refused = error.exit_code == UserError.exit_code and self.step == 0
             raise
         except BaseException as error:
             self._end("failed", f"{type(error).__name__}: {error}", 1)

@@ -130,13 +130,6 @@ def export_checkpoint(directory: Path, target: Path, dtype: str) -> None:
         raise UserError(f"{target}: cannot be written: {error.strerror or error}") from None
 
 
-def model_directory(name: str) -> str:
-    """That of the trained model, where `name` is a run directory; else `name`."""
-    path = Path(name)
-    is_run = (path / "model/config.json").is_file() and not (path / "config.json").exists()
-    return str(path / "model") if is_run else name
-
-
 def exported_settings(model: str, *, with_findings: bool = False) -> Source:
     """The settings that `model`, if it is a directory made by `export_model`, or a repository on the Hub that such a
     one was pushed to, was trained with; `with_findings` with those that its evaluation has found to be better.

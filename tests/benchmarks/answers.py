@@ -125,7 +125,7 @@ def _answerer(model: str) -> QuestionAnswerer:
     from qa_dist.errors import UserError
 
     with contextlib.suppress(UserError):
-        return QuestionAnswerer.from_pretrained(model, device="cpu")
+        return QuestionAnswerer.from_pretrained(model, device="cpu", decoding="pipeline")
     import tempfile
 
     torch.manual_seed(0)
@@ -134,7 +134,7 @@ def _answerer(model: str) -> QuestionAnswerer:
         made.get_submodule("qa_outputs").weight.data.normal_()  # peaked, as a trained one's
         made.save_pretrained(directory)
         transformers.AutoTokenizer.from_pretrained(model).save_pretrained(directory)
-        return QuestionAnswerer.from_pretrained(directory, device="cpu")
+        return QuestionAnswerer.from_pretrained(directory, device="cpu", decoding="pipeline")
 
 
 if __name__ == "__main__":

@@ -28,12 +28,12 @@ from transformers import PreTrainedTokenizerBase
 
 from qa_dist.config import DataConfig, ModelConfig
 from qa_dist.errors import UserError
+from qa_dist.tasks.question_answering.answers import find_answers
 from qa_dist.tasks.question_answering.data import Example, Examples, check_records
-from qa_dist.tasks.question_answering.decoding import candidates, decode
+from qa_dist.tasks.question_answering.decoding import candidates
 from qa_dist.tasks.question_answering.features import QuestionAnsweringFeatures, build_features
 from qa_dist.tasks.question_answering.metric import ExtractiveAnswerMetric
 from qa_dist.tasks.question_answering.reading import read_file
-from qa_dist.tasks.question_answering.task import _texts
 from qa_dist.tasks.tokenizer import load_tokenizer
 from qa_dist.training.batching import evaluation_batches
 from tests.benchmarks.plain_question_answering import (
@@ -222,8 +222,8 @@ def benchmark_decoding(
             values = torch.cat([part[name] for part in parts]).numpy()
             outputs[name] = np.empty_like(values)
             outputs[name][order] = values
-        answers = decode(outputs, features, len(examples), n_best=N_BEST, max_answer_length=MAX_ANSWER_LENGTH)
-        texts = _texts(answers, features, examples, True, 0.0)
+        sizes = {"n_best": N_BEST, "max_answer_length": MAX_ANSWER_LENGTH}
+        texts = find_answers(outputs, features, **sizes, threshold=0.0)
         for _ in texts.n_best.items():  # as writing them does; they need not be there before
             pass
         return texts

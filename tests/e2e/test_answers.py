@@ -183,6 +183,64 @@ def test_mistakes_in_asking(run: Path, tmp_path: Path, capsys):
         assert code == 2 and flag in err
 
 
+@pytest.fixture(scope="module")
+def dev(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Questions in SQuAD's form, and beside them the same as lines."""
+    examples = synthetic.generate(
+        SyntheticConfig(validation_examples=150, long_share=0.4, unanswerable_share=0.3, seed=21), "validation"
+    )
+    rows = [{"id": example.id, "question": example.question, "context": example.context} for example in examples]
+    answers = [
+        [{"text": text, "answer_start": start} for text, start in zip(one.answers, one.answer_starts, strict=True)]
+        for one in examples
+    ]
+    path = tmp_path_factory.mktemp("dev") / "dev.json"
+    path.write_text(json.dumps(squad([row | {"answers": own} for row, own in zip(rows, answers, strict=True)])))
+    path.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_answers_are_the_evaluated_ones(run: Path, dev: Path, server: int, tmp_path: Path, capsys):
+    """Of `answer` and of `serve`: the texts and lists of `evaluate` and, by the stored threshold, of `predict`."""
+    model, lines = tmp_path / "model", dev.with_suffix(".jsonl")
+    shutil.copytree(run / "model", model)
+
+    def files(name: str) -> tuple[dict[str, Any], ...]:
+        flags = ("--model", str(model), "--data.validation_file", str(dev), "--run.output_dir", str(tmp_path / name))
+        code, _, err = command(capsys, name, *flags)
+        assert code == 0, err
+        names = ("predictions", "nbest_predictions", "null_odds")
+        return tuple(json.loads((tmp_path / name / f"{file}.json").read_text()) for file in names)
+
+    def answers(*flags: str) -> dict[str, dict[str, Any]]:
+        code, out, err = command(capsys, "answer", "--model", str(model), "--input", str(lines), *flags)
+        assert code == 0, err
+        return {line["id"]: line for line in map(json.loads, out.splitlines())}
+
+    evaluated, n_best, null_odds = files("evaluate")
+    assert {key: one["answer"] for key, one in answers("--no_answer_threshold", "0").items()} == evaluated
+    stored = json.loads((model / "qa_dist.json").read_text())
+    for line in lines.read_text().splitlines()[:10]:  # the server has the model as it was
+        asked = json.loads(line)
+        status, content = post(server, asking(asked["question"], asked["context"], top_k=50))
+        assert status == 200
+        found, key = [own["answer"] for own in content["answers"]], asked["id"]
+        assert sorted(found) == sorted(entry["text"] for entry in n_best[key])
+        assert (found[0] == "") == (null_odds[key] > stored["findings"]["no_answer_threshold"])
+    threshold = sorted(null_odds.values())[len(null_odds) // 2]
+    (model / "qa_dist.json").write_text(json.dumps(stored | {"findings": {"no_answer_threshold": threshold}}))
+    predicted, n_best, _ = files("predict")
+    assert 20 < list(predicted.values()).count("") < len(predicted) - 20
+    own = answers()
+    assert {key: one["answer"] for key, one in own.items()} == predicted
+    for key, one in own.items():
+        entry = next(entry for entry in n_best[key] if entry["text"] == predicted[key])
+        assert (one["start"], one["end"]) == (entry.get("start", 0), entry.get("end", 0))
+        assert one["score"] == pytest.approx(entry["probability"], abs=1e-6)
+    merged = answers("--decoding", "pipeline")
+    assert [one["score"] for one in merged.values()] != [one["score"] for one in own.values()]
+
+
 # -------------------------------------------------------------------------------------------------- predict
 
 
@@ -278,6 +336,7 @@ def pair(i: int) -> tuple[str, str]:
         (asking(question=""), 400, "the question is empty"),
         (asking(context=" \n"), 400, "the context holds nothing but blanks"),
         (asking(context=5), 400, "both texts"),
+        (asking(topk=3), 400, "the request has unknown keys: 'topk'; it takes question, context, top_k"),
         (asking(top_k=0), 400, "top_k is a number from 1 to 50"),
         (asking(top_k=True), 400, "top_k is a number from 1 to 50"),
         (asking(context="x" * 20_001), 413, "more than 20,000 characters"),

@@ -58,12 +58,31 @@ def test_bad_data_fails_before_the_first_step_and_can_be_mended(tmp_path: Path, 
     assert code == 2
     assert "does not point at its text" in message
     assert "'q1'" in message
-    status = json.loads((tmp_path / "run/status.json").read_text())
-    assert (status["state"], status["step"], status["exit_code"]) == ("failed", 0, 2)
-    assert "does not point at its text" in status["reason"]
+    assert not (tmp_path / "run").exists(), "nothing is left behind of a start that was refused"
     code, message = attempt(capsys, *train_flags(tmp_path, model_dir))
     assert (code, message) == (0, "")
     assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "completed"
+
+
+def test_a_refused_start_leaves_no_directory_behind(
+    tmp_path: Path, model_dir: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    flags = train_flags(tmp_path, model_dir)
+    place = flags.index("--run.output_dir")
+    flags = [*flags[:place], *flags[place + 2 :], "--data.max_length", 4000]
+    code, message = attempt(capsys, *flags)
+    assert code == 2
+    assert "data.max_length: 4000 is more than the" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data.json"]
+    # what was there before stays, and says how the attempt ended
+    (tmp_path / "runs/train").mkdir(parents=True)
+    (tmp_path / "runs/train/notes.txt").write_text("mine")
+    assert attempt(capsys, *flags)[0] == 2
+    status = json.loads((tmp_path / "runs/train/status.json").read_text())
+    assert (status["state"], status["step"], status["exit_code"]) == ("failed", 0, 2)
+    assert "data.max_length" in status["reason"]
+    assert (tmp_path / "runs/train/notes.txt").read_text() == "mine"
 
 
 def test_a_run_without_validation_data(tmp_path: Path, model_dir: Path, capsys):

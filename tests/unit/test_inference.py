@@ -1,4 +1,4 @@
-"""`QuestionAnswerer`: the removed pipeline's answers, in batches, from threads, and its errors."""
+"""`QuestionAnswerer`: the evaluated answers, those of the removed pipeline, in batches, from threads, and errors."""
 
 import io
 import itertools
@@ -75,6 +75,11 @@ def bert(models: dict[str, Path]) -> QuestionAnswerer:
     return QuestionAnswerer.from_pretrained(str(models["bert"]), device="cpu")
 
 
+@pytest.fixture(scope="module")
+def pipeline(models: dict[str, Path]) -> QuestionAnswerer:
+    return QuestionAnswerer.from_pretrained(str(models["bert"]), device="cpu", decoding="pipeline")
+
+
 def places(answers: list[dict[str, Any]]) -> list[Any]:
     return [(answer["answer"], answer["start"], answer["end"]) for answer in answers]
 
@@ -88,7 +93,12 @@ def is_part_of_a_word(context: str, start: int, end: int) -> bool:
 @pytest.mark.parametrize("words", [False, True])
 def test_answers_and_scores_are_those_of_the_removed_pipeline(models, family: str, impossible: bool, words: bool):
     answerer = QuestionAnswerer.from_pretrained(
-        str(models[family]), device="cpu", align_to_words=words, max_answer_length=12, batch_size=5
+        str(models[family]),
+        device="cpu",
+        decoding="pipeline",
+        align_to_words=words,
+        max_answer_length=12,
+        batch_size=5,
     )
     pairs = [
         *PAIRS,
@@ -112,21 +122,27 @@ def test_answers_and_scores_are_those_of_the_removed_pipeline(models, family: st
     assert several > 5 and cut < 6
 
 
-def test_fields(bert: QuestionAnswerer):
+@pytest.mark.parametrize("decoding", ["evaluated", "pipeline"])
+def test_fields(bert: QuestionAnswerer, pipeline: QuestionAnswerer, decoding: str):
     question, context = max(PAIRS, key=lambda pair: len(pair[1]))
-    answer = bert(question, context)
+    answerer = bert if decoding == "evaluated" else pipeline
+    answer = answerer(question, context)
     assert set(answer) == {"score", "start", "end", "answer", "no_answer_probability", "windows"}
     assert answer["answer"] == context[answer["start"] : answer["end"]] != ""
     assert 0 < answer["score"] <= 1 and 0 <= answer["no_answer_probability"] <= 1
     windows = answer["windows"]
     assert len(windows) > 1 and windows[0][0] == 0 and windows[-1][1] == len(context)
     assert all(before[1] > after[0] for before, after in itertools.pairwise(windows)), "they overlap"
-    several = bert(question, context, top_k=3)
+    several = answerer(question, context, top_k=3)
     assert several[0] == answer and len(several) == 3
-    assert len(bert(question, "Yes", top_k=5)) == 1, "there are not always so many"
+    found = [answer["answer"] for answer in answerer(question, "Yes", top_k=5)]
+    assert sorted(found) == (["Y", "Yes", "es"] if decoding == "evaluated" else ["Yes"]), "there are not always so many"
+    assert len(answerer(question, context, top_k=1000)) >= 20
 
 
-def test_batches_change_nothing(bert: QuestionAnswerer):
+@pytest.mark.parametrize("decoding", ["evaluated", "pipeline"])
+def test_batches_change_nothing(models, decoding: Any):
+    bert = QuestionAnswerer.from_pretrained(str(models["bert"]), device="cpu", decoding=decoding)
     one_by_one = [bert(question, context) for question, context in PAIRS]
     together = bert([question for question, _ in PAIRS], [context for _, context in PAIRS])
     mappings = bert([{"question": question, "context": context} for question, context in PAIRS])
@@ -235,12 +251,15 @@ def test_models_that_read_the_context_first(tmp_path: Path):
         assert all(context[a["start"] : a["end"]] == a["answer"] != "" for a in own)
 
 
-def test_models_of_others_get_the_settings_of_the_pipeline(models, tmp_path: Path):
+@pytest.mark.parametrize(("decoding", "longest"), [("evaluated", 30), ("pipeline", 15)])
+def test_models_of_others_get_the_settings_of_evaluation_or_of_the_pipeline(
+    models, tmp_path: Path, decoding: Any, longest: int
+):
     shutil.copytree(models["bert"], tmp_path / "foreign")
     (tmp_path / "foreign" / "qa_dist.json").unlink()
-    answerer = QuestionAnswerer.from_pretrained(str(tmp_path / "foreign"), device="cpu")
-    data = answerer.task.config.data
-    assert (data.max_length, data.stride, answerer.max_answer_length) == (130, 65, 15), "130 is what the model can take"
+    answerer = QuestionAnswerer.from_pretrained(str(tmp_path / "foreign"), device="cpu", decoding=decoding)
+    data, found = answerer.task.config.data, answerer.max_answer_length
+    assert (data.max_length, data.stride, found) == (130, 65, longest), "130 is what the model can take"
     assert answerer.no_answer_threshold is None
     assert answerer(*PAIRS[0])["answer"]
 
@@ -264,11 +283,17 @@ def test_a_run_directory_will_do(models, tmp_path: Path):
 
 
 @pytest.mark.parametrize("context", ["\u200b\u200b", "\x00\x01"])
-def test_contexts_without_any_token_have_no_answer(bert: QuestionAnswerer, context: str):
-    answers = bert([("Who?", context), PAIRS[0]])
-    assert (answers[0]["answer"], answers[0]["windows"]) == ("", [])
-    assert answers[1]["answer"]
-    assert bert("Who?", context, top_k=2) == [answers[0]]
+def test_contexts_without_any_token_have_no_answer(
+    bert: QuestionAnswerer, pipeline: QuestionAnswerer, models, context: str
+):
+    v2 = QuestionAnswerer.from_pretrained(str(models["always"]), device="cpu")
+    for answerer in (bert, pipeline, v2):
+        for impossible in (None, True, False):
+            answers = answerer([("Who?", context), PAIRS[0]], handle_impossible_answer=impossible)
+            assert (answers[0]["answer"], answers[0]["windows"]) == ("", [])
+            assert answerer("Who?", context, top_k=2, handle_impossible_answer=impossible) == [answers[0]]
+            assert answers[0]["score"] == answers[0]["no_answer_probability"] == pytest.approx(1)
+        assert answerer(*PAIRS[0], handle_impossible_answer=False)["answer"]
 
 
 def test_half_a_million_characters(bert: QuestionAnswerer):
@@ -358,6 +383,10 @@ def test_wrong_arguments(models, bert: QuestionAnswerer):
         ({"batch_size": 0}, "batch_size: 0"),
         ({"batch_size": 1.5}, "batch_size: 1.5"),
         ({"no_answer_threshold": float("nan")}, "no_answer_threshold: nan"),
+        ({"decoding": "best"}, "decoding: 'best' is not one of evaluated, pipeline"),
+        ({"decoding": "pipeline", "no_answer_threshold": 0.0}, "no_answer_threshold: decoding pipeline"),
+        ({"align_to_words": True}, "align_to_words: is for decoding pipeline"),
+        ({"align_to_words": False}, "align_to_words: is for decoding pipeline"),
         ({"device": "meta"}, "device: 'meta' cannot be used"),
         ({"dtype": "int4"}, "dtype: 'int4' is none of float32"),
         ({"device": "cuda:9"}, "device: 'cuda:9' cannot be used"),
@@ -395,5 +424,6 @@ def test_models_that_cannot_be_used(models, tmp_path: Path):
     ):
         with pytest.raises(UserError, match=message):
             QuestionAnswerer.from_pretrained(str(path), device="cpu")
-    with pytest.raises(UserError, match="logits are not numbers"):
-        QuestionAnswerer.from_pretrained(str(not_numbers), device="cpu")(*PAIRS[0])
+    for decoding in ("evaluated", "pipeline"):
+        with pytest.raises(UserError, match="logits are not numbers"):
+            QuestionAnswerer.from_pretrained(str(not_numbers), device="cpu", decoding=decoding)(*PAIRS[0])

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qa_dist.tasks.question_answering.answers import Texts
 from qa_dist.tasks.question_answering.metric import (
     ExtractiveAnswerMetric,
     best_threshold,
@@ -16,7 +17,7 @@ from qa_dist.tasks.question_answering.metric import (
     normalize_answer,
     score_predictions,
 )
-from qa_dist.tasks.question_answering.task import _Texts, _tuned_threshold
+from qa_dist.tasks.question_answering.task import _tuned_threshold
 
 
 @pytest.mark.parametrize(
@@ -169,9 +170,8 @@ def test_predictions_for_other_data():
 
 def test_no_answer_in_the_predictions():
     """The threshold decides, the odds are written down, and the tuned threshold sees suppressed answers."""
-    texts = _Texts(
-        {"a": "", "b": "x", "c": ""}, cast(Any, {}), ["right", "x", "wrong"], {"a": 1.0, "b": -1.0, "c": 2.0}
-    )
+    odds = {"a": 1.0, "b": -1.0, "c": 2.0}
+    texts = Texts({"a": "", "b": "x", "c": ""}, cast(Any, {}), ["right", "x", "wrong"], odds, np.zeros(3))
     references: list[tuple[str, ...]] = [("right",), ("x",), ()]
     figures = score_predictions(
         texts.predictions,

@@ -23,6 +23,7 @@ from markdown_it.token import Token
 from PIL import Image
 from transformers import AutoConfig, AutoModelForQuestionAnswering
 
+from qa_dist import QuestionAnswerer
 from qa_dist.config import RunConfig, SyntheticConfig
 from qa_dist.config_sources import to_yaml
 from qa_dist.reporting.model_card import CURVES, base_model, curves, model_card
@@ -570,11 +571,23 @@ def test_the_usage_gives_the_answers_that_the_evaluation_finds(tmp_path: Path, f
         "evaluation": {"max_answer_length": 6, "null_score_diff_threshold": threshold},
     }
     content = model_card(write_run(tmp_path / "run", config), "me/demo")
-    code = re.findall(r"```python\n(.*?)```", content, re.DOTALL)[0]
-    assert code.count('"me/demo"') == 2
+    blocks = [
+        code.replace('"me/demo"', repr(str(tmp_path / "model")))
+        for code in re.findall(r"```python\n(.*?)```", content, re.DOTALL)
+    ]
+    assert [code.count(str(tmp_path / "model")) for code in blocks] == [1, 2]
     names: dict[str, Any] = {}
-    exec(code.replace('"me/demo"', repr(str(tmp_path / "model"))), names)
+    exec(blocks[1], names)
     found = [names["answer"](example.question, example.context) for example in EXAMPLES]
     assert found == expected
+    carried = {"data.max_length": 72, "data.stride": 20, "evaluation.max_answer_length": 6, "evaluation.n_best": 72}
+    settings = {"task": "question_answering", "data.unanswerable": unanswerable, **carried}
+    (tmp_path / "model/qa_dist.json").write_text(json.dumps({"schema_version": 1, "settings": settings}))
+    exec(blocks[0], names)
+    assert f"`no_answer_threshold={threshold}` is the evaluation's" in content or not none
+    answerer = QuestionAnswerer.from_pretrained(
+        str(tmp_path / "model"), device="cpu", no_answer_threshold=threshold if none else None
+    )
+    assert [own["answer"] for own in answerer([(one.question, one.context) for one in EXAMPLES])] == expected
     assert len(set(found)) > 3
     assert ("" in found) == none

@@ -135,6 +135,33 @@ def test_a_comparison_tells_what_changed(tmp_path: Path):
     assert other["alternatives"][5][0] == [0.05, "Ten"]
 
 
+def test_runs_without_a_common_example_have_no_differences(tmp_path: Path):
+    figures = {"kind": "evaluation", "step": 80, "epoch": 2, "exact_match": 99.0, "f1": 99.5, "loss": 0.1}
+    others = [{**one, "id": f"other-{one['id']}"} for one in EXAMPLES]
+    predictions = {f"other-{key}": text for key, text in PREDICTIONS.items()}
+    run = write_run(tmp_path / "new", files=N_BEST)
+    for name, examples, share in (("disjoint", others, False), ("partly", [*EXAMPLES[:3], *others[3:]], True)):
+        old = write_run(
+            tmp_path / name, examples, {key: (PREDICTIONS | predictions)[key] for key in (e["id"] for e in examples)},
+            lines=[*LINES, figures],
+        )  # fmt: skip
+        page = written(run, old)
+        assert "other run 99.00 (on other examples)" in page.text
+        assert "difference" not in page.text.partition("By group")[0].partition("Training")[0]
+        assert ("No example is in both runs" in page.text) != share
+        assert ("3 examples are in both runs, 3 only in this one and 3 only in the other" in page.text) == share
+        assert ("other" in page.data) == share
+        assert (" fixed, " in page.text) == share
+    same = write_run(tmp_path / "same", lines=[*LINES, figures])
+    assert "other run 99.00, difference" in " ".join(written(run, same).text.split())
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict"])
+def test_a_run_that_was_given_no_name_is_called_by_its_directory(tmp_path: Path, name: str):
+    assert read(write_run(tmp_path / "first", name=name)).name == "first"
+    assert read(write_run(tmp_path / "second", name="mine")).name == "mine"
+
+
 def test_a_run_that_has_no_examples_is_compared_by_its_curves(tmp_path: Path):
     run, old = write_run(tmp_path / "new"), write_run(tmp_path / "old", predictions=None)
     page = written(run, old)
@@ -358,7 +385,7 @@ def test_a_report_is_replaced_and_no_other_file_is(tmp_path: Path):
     run, said = write_run(tmp_path / "run"), []
     path = write_report(run, None, None, said.append)
     assert path == run / "report.html"
-    assert str(path) in said[-1]
+    assert not any(str(path) in line for line in said), "the command prints it"
     path.write_text(path.read_text() + "<p>old</p>")
     assert write_report(run, path, None, lambda text: None).read_text().endswith("</html>")
     mine = tmp_path / "mine.html"

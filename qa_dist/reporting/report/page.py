@@ -31,8 +31,8 @@ REPORT = "report.html"
 def write_report(run: Path, target: Path | None, compare: Path | None, say: Callable[[str], None]) -> Path:
     """Write the report on the run directory `run`, beside the run `compare` where one is named, as one HTML file.
 
-    It goes to `target`, or to report.html in `run`, and replaces an earlier report there, but no other file. `say` is
-    told what is going on. Returns the file's path. Raises `UserError` where a directory is not that of a run, or the
+    It goes to `target`, or to report.html in `run`, and replaces an earlier report there, but no other file. `say` gets
+    notes, but not the file's path, which is returned. Raises `UserError` where a directory is not that of a run, or the
     file cannot be written; what is missing or damaged in a run directory is said in the report.
     """
     path = target or run / REPORT
@@ -59,7 +59,6 @@ def write_report(run: Path, target: Path | None, compare: Path | None, say: Call
         say(f"note: {note}")
     for note in other.notes if other else ():
         say(f"note: {compare}: {note}")
-    say(f"report: {path} ({len(content) / 1e6:.1f} MB)")
     return path
 
 
@@ -101,18 +100,20 @@ class Tile:
     other: float | None
     """The last one of the run that is compared with."""
     higher_is_better: bool
+    is_comparable: bool
+    """Whether both runs were evaluated on the same examples, so that a difference says something."""
 
 
 def page(story: Story, other: Story | None = None) -> str:
     """The report as HTML."""
     review = story.review
-    comparison = Comparison.of(review, other.review) if review and other and other.review else None
+    comparison, problem = _comparison(story, other)
     figures, reliability = _figures(story, other, comparison)
     training = training_charts(story, other)
     notes = [*story.notes]
     if other:
         notes += [f"{_label(other, story)}: {note}" for note in other.notes]
-        notes += comparison.notes if comparison else ["The examples of the two runs cannot be compared."]
+        notes += comparison.notes if comparison else [problem]
     notes = [without_paths(note) for note in notes]
     data = page_data([*training, *figures], review, comparison)
     script, style = _part("charts.js") + _part("page.js"), _part("page.css")
@@ -133,7 +134,7 @@ def page(story: Story, other: Story | None = None) -> str:
         made=f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
         version=importlib.metadata.version("qa_dist"),
         facts=_facts(story),
-        tiles=tiles(story, other),
+        tiles=tiles(story, other, comparison),
         training=training,
         size=(WIDTH, HEIGHT),
         notes=notes,
@@ -144,6 +145,16 @@ def page(story: Story, other: Story | None = None) -> str:
         calibration=reliability,
         summary=_flat(story.summary) if review is None else {},
     )
+
+
+def _comparison(story: Story, other: Story | None) -> tuple[Comparison | None, str]:
+    """Compare the examples of two runs. Returns None, and why, where there is nothing to compare."""
+    if other is None or story.review is None or other.review is None:
+        return None, "The examples of the two runs cannot be compared."
+    found = Comparison.of(story.review, other.review)
+    if not found.pairs:
+        return None, "No example is in both runs: they were evaluated on different data, and are not compared."
+    return found, ""
 
 
 def _part(name: str) -> str:
@@ -176,12 +187,18 @@ def _facts(story: Story) -> dict[str, str]:
     return {name: text for name, text in facts.items() if text}
 
 
-def tiles(story: Story, other: Story | None) -> list[Tile]:
-    """The task's headline figures: the last ones, and the best, where those were earlier.
+def tiles(story: Story, other: Story | None, comparison: Comparison | None = None) -> list[Tile]:
+    """Return the task's headline figures: the last ones, and the best, where those were earlier.
 
     Figures that the task's card does not name are losses: lower is better.
     """
     found = []
+    if comparison is not None:
+        same = not (comparison.only_here or comparison.only_there or comparison.differing)
+    else:  # the examples are not known, or none is in both
+        same = (
+            other is not None and not (story.review and other.review) and _validated_on(story) == _validated_on(other)
+        )
     for name, shown in story.task.headline.items():
         rows = _figures_of(story, name)
         if not rows:
@@ -191,8 +208,14 @@ def tiles(story: Story, other: Story | None) -> list[Tile]:
         epoch, best = (max if higher else min)(reversed(rows), key=lambda row: row[1])
         at = f"epoch {epoch:g}" if best != value and epoch is not None else ""
         theirs = _figures_of(other, name) if other else []
-        found.append(Tile(shown, value, best, at, theirs[-1][1] if theirs else None, higher))
+        found.append(Tile(shown, value, best, at, theirs[-1][1] if theirs else None, higher, same))
     return found
+
+
+def _validated_on(story: Story) -> dict[str, str]:
+    """Return the names of the data that the run was evaluated on."""
+    is_held_out = "validation share" in story.data
+    return {name: text for name, text in story.data.items() if is_held_out or name != "training data"}
 
 
 def _figures_of(story: Story, name: str) -> list[tuple[float | None, float]]:

@@ -20,6 +20,8 @@ from qa_dist.tasks import Task, load_task, task_class
 from qa_dist.tasks.task import Review
 
 SUMMARY = "predictions_summary.json"
+COMMAND_NAMES = ("train", "evaluate", "predict")
+"""Names that earlier versions gave to runs without one, whatever their directory."""
 
 
 @dataclass
@@ -78,9 +80,9 @@ class Story:
 
     @property
     def name(self) -> str:
-        """The run's, or its directory's."""
+        """The name that the run was given, or else its directory's."""
         own = self.config.run.name if self.config else None
-        return plain(own or "") or self.directory
+        return (plain(own or "") if own not in COMMAND_NAMES else "") or self.directory
 
     @property
     def directory(self) -> str:

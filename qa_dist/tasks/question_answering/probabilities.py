@@ -1,10 +1,11 @@
-"""From start and end logits to answers with probabilities, as transformers' pipeline for question answering gave them.
+"""Decode start and end logits by the rule of transformers' removed question answering pipeline.
 
-The pipeline was removed in transformers 5. As its last version (4.57) did it: in each window the probability of a
-position is the softmax over the allowed ones, which are the context's tokens and the classification token, and the
-probability of a span is the product of those of its start and its end. Of each window the most probable spans are
-candidates; those with the same text (whatever its case) are one answer, at the place of the first of them, whose
-score is the sum of theirs.
+As its last version (4.57) did it: in each window the probability of a position is the softmax over the allowed ones,
+which are the context's tokens and the classification token, and the probability of a span is the product of those of
+its start and its end. The most probable spans of each window are candidates. Candidates with the same text, whatever
+its case, are one answer, at the place of the first of them, with the sum of their scores.
+
+Evaluation does not use this rule; see `answers.py` for the one it uses.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from qa_dist.tasks.question_answering.characters import spans_of_whole_character
 from qa_dist.tasks.question_answering.features import QuestionAnsweringFeatures
 
 SPANS_PER_PART = 1000
-"""Looked at between two looks at the clock."""
+"""Spans that are processed between two checks of the time limit."""
 
 
 def best_spans(
@@ -33,12 +34,12 @@ def best_spans(
     count: int,
     max_answer_length: int,
 ) -> dict[str, Tensor]:
-    """The `count` most probable spans of at most `max_answer_length` tokens of each window, on the device.
+    """Find the `count` most probable spans of at most `max_answer_length` tokens of each window, on the device.
 
     Shapes: logits [windows, length]; `context_begin`, `context_end`, `cls` [windows]. Returns `probability`, `start`,
     `end` [windows, count], best first: positions count from the window's first context token, and probabilities are 0
-    where there are fewer spans; `score` [windows], the sum of the best span's logits; `null_probability` and
-    `null_score` [windows], the same of the classification token, which stands for "no answer".
+    where there are fewer spans; and `null_probability` [windows], that of the classification token, which stands for
+    "no answer".
     """
     windows, length = start_logits.shape
     places = torch.arange(length, device=start_logits.device)
@@ -61,24 +62,17 @@ def best_spans(
         "probability": F.pad(best.exp(), missing),
         "start": F.pad(first - context_begin[:, None], missing),
         "end": F.pad(last - context_begin[:, None], missing),
-        "score": logits[0, rows, first[:, 0]] + logits[1, rows, last[:, 0].clamp(max=length - 1)],
         "null_probability": (log_probabilities[0, rows, cls] + log_probabilities[1, rows, cls]).exp(),
-        "null_score": logits[0, rows, cls] + logits[1, rows, cls],
     }
 
 
 class Found(NamedTuple):
-    """What the windows of one question and context say."""
+    """The answers to one question."""
 
     answers: list[tuple[float, int, int]]
     """(probability, first character, one past the last character), best first; of each text once."""
     no_answer_probability: float
     """That of the classification token, the lowest of all windows."""
-    null_odds: float
-    """Score of "no answer", the lowest of all windows, less that of the best span, in logits: what the thresholds of
-    SQuAD 2.0 are compared with. Infinite where the context has no token."""
-    windows: list[tuple[int, int]]
-    """What the model read at a time: (first character, one past the last character) of the context."""
 
 
 def answers_of(
@@ -87,10 +81,10 @@ def answers_of(
     contexts: list[str],
     meanwhile: Callable[[], None] = lambda: None,
 ) -> list[Found]:
-    """What the `best_spans` of all `features` say, for each context. `meanwhile` is called now and then, such as to
-    raise an error when the time is up.
+    """Return the answers in each of `contexts`, from the `best_spans` of all `features`.
 
-    A score is a sum of probabilities in windows that overlap, and so may exceed 1; it is cut there, after sorting.
+    `meanwhile` is called from time to time, such as to raise an error when the time is up. A score is a sum of
+    probabilities in windows that overlap, and so may exceed 1; it is cut to 1 after sorting.
     """
     probability = outputs["probability"]
     is_span = probability > 0
@@ -104,37 +98,17 @@ def answers_of(
         start[part], end[part] = spans_of_whole_characters(contexts, own, start[part], end[part])
         meanwhile()
 
-    found = [_Merged() for _ in contexts]
+    merged: list[dict[str, list[Any]]] = [{} for _ in contexts]
     columns = (features.example[window], probability[is_span], start, end)
     for example, share, first, last in zip(*(column.tolist() for column in columns), strict=True):
         if first < last:
-            text: str = contexts[example][first:last]
-            found[example].add(text.lower(), share, first, last)
-    for i, example in enumerate(features.example.tolist()):
-        own = found[example]
-        own.null_probability = min(own.null_probability, float(outputs["null_probability"][i]))
-        own.null_score = min(own.null_score, float(outputs["null_score"][i]))
-        if is_span[i].any():
-            own.score = max(own.score, float(outputs["score"][i]))
-            starts, ends = features.char_starts[i], features.char_ends[i]
-            own.windows.append((int(starts[0]), int(ends[-1])))
-    return [merged.found() for merged in found]
+            text = contexts[example][first:last].lower()
+            merged[example].setdefault(text, [0.0, first, last])[0] += share
+    null = np.ones(len(contexts))
+    np.minimum.at(null, features.example, outputs["null_probability"])
+    return [_found(answers, share) for answers, share in zip(merged, null.tolist(), strict=True)]
 
 
-class _Merged:
-    """The spans of one context, those with the same text as one."""
-
-    def __init__(self) -> None:
-        self.answers: dict[str, list[Any]] = {}
-        self.null_probability = 1.0
-        self.null_score = np.inf
-        self.score = -np.inf
-        self.windows: list[tuple[int, int]] = []
-
-    def add(self, text: str, probability: float, start: int, end: int) -> None:
-        self.answers.setdefault(text, [0.0, start, end])[0] += probability
-
-    def found(self) -> Found:
-        answers = sorted(self.answers.values(), key=lambda answer: -answer[0])
-        cut = [(min(share, 1.0), start, end) for share, start, end in answers]
-        return Found(cut, self.null_probability, self.null_score - self.score, self.windows)
+def _found(merged: dict[str, list[Any]], no_answer_probability: float) -> Found:
+    answers = sorted(merged.values(), key=lambda answer: -answer[0])
+    return Found([(min(share, 1.0), start, end) for share, start, end in answers], no_answer_probability)

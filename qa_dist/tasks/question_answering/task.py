@@ -2,9 +2,8 @@
 
 import math
 import string
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +16,10 @@ from transformers import AutoModelForQuestionAnswering
 from qa_dist.config import RunConfig
 from qa_dist.tasks.question_answering import characters, data, features, synthetic
 from qa_dist.tasks.question_answering import review as reviewing
-from qa_dist.tasks.question_answering.characters import spans_of_whole_characters
-from qa_dist.tasks.question_answering.decoding import Answers, candidates, decode, repeated
+from qa_dist.tasks.question_answering.answers import Texts, find_answers
+from qa_dist.tasks.question_answering.decoding import candidates
 from qa_dist.tasks.question_answering.features import QuestionAnsweringFeatures
-from qa_dist.tasks.question_answering.metric import NO_ANSWER_ODDS, best_threshold, score_each, score_predictions
+from qa_dist.tasks.question_answering.metric import best_threshold, score_each, score_predictions
 from qa_dist.tasks.question_answering.splits import Split
 from qa_dist.tasks.task import Batch, CardWords, FeatureSet, Review, Score, Task
 from qa_dist.tasks.tokenizer import load_tokenizer, train_tokenizer
@@ -67,13 +66,14 @@ class QuestionAnswering(Task):
 
     @classmethod
     def usage(cls, repo_id: str, config: RunConfig) -> str:
-        v2 = config.data.unanswerable == "allow"
+        v2, threshold = config.data.unanswerable == "allow", config.evaluation.null_score_diff_threshold
         return USAGE.substitute(
             repo_id=repo_id,
             max_length=config.data.max_length,
             stride=config.data.stride,
             max_answer_length=config.evaluation.max_answer_length,
-            threshold=f", threshold={config.evaluation.null_score_diff_threshold}" if v2 else "",
+            threshold=f", threshold={threshold}" if v2 else "",
+            stored=STORED.format(threshold) if v2 else "",
             what=', or "" for none' if v2 else "",
             no_answer=NO_ANSWER if v2 else "",
         )
@@ -129,15 +129,11 @@ class QuestionAnswering(Task):
         assert isinstance(features, QuestionAnsweringFeatures)  # what self.features made
         examples = features.examples().items
         settings = self.config.evaluation
-        answers = decode(
-            outputs,
-            features,
-            len(examples),
-            n_best=settings.n_best,
-            max_answer_length=settings.max_answer_length,
-        )
         v2 = self.config.data.unanswerable == "allow"
-        texts = _texts(answers, features, examples, v2, settings.null_score_diff_threshold)
+        threshold = settings.null_score_diff_threshold if v2 else None
+        texts = find_answers(
+            outputs, features, n_best=settings.n_best, max_answer_length=settings.max_answer_length, threshold=threshold
+        )
         references = {example.id: example.answers for example in examples}
         files: dict[str, Any] = {
             "predictions.json": texts.predictions,
@@ -167,7 +163,19 @@ class QuestionAnswering(Task):
         return reviewing.review(examples, windows, files, threshold)
 
 
-USAGE = string.Template('''With transformers (5 and newer have no pipeline for question answering):
+USAGE = string.Template('''With qa_dist:
+
+```python
+from qa_dist import QuestionAnswerer
+
+answerer = QuestionAnswerer.from_pretrained("$repo_id")
+print(answerer("Where was Ada born?", "Ada was born in London and studied in Paris.")["answer"])
+```
+
+These are the answers that the evaluation above scored$stored. `decoding="pipeline"` gives the answers and scores of the
+question answering pipeline that transformers 5 removed, which may be others.
+
+With transformers alone, the answers that the evaluation scored:
 
 ```python
 import torch
@@ -207,6 +215,8 @@ $no_answer    window, first, last = torch.unravel_index(scores.argmax(), scores.
 
 print(answer("Where was Ada born?", "Ada was born in London and studied in Paris."))
 ```''')
+STORED = """, but for the threshold of "no answer": the stored one, which gave the highest F1, is used
+(`no_answer_threshold={}` is the evaluation's)"""
 NO_ANSWER = """\
     cls = (windows["input_ids"] == tokenizer.cls_token_id).int().argmax(dim=1, keepdim=True)
     no_answer = output.start_logits.float().gather(1, cls) + output.end_logits.float().gather(1, cls)
@@ -215,18 +225,7 @@ NO_ANSWER = """\
 """
 
 
-class _Texts(NamedTuple):
-    predictions: dict[str, str]
-    """Id -> answer."""
-    n_best: "NBestAnswers"
-    """Id -> best answers first, with probabilities over the list."""
-    best: list[str]
-    """The best answer of each example, whatever the score of "no answer"."""
-    null_odds: dict[str, float]
-    """Id -> score of "no answer" less that of the best answer."""
-
-
-def _summary(texts: "_Texts", references: dict[str, tuple[str, ...]], labelled: bool) -> dict[str, Any]:
+def _summary(texts: Texts, references: dict[str, tuple[str, ...]], labelled: bool) -> dict[str, Any]:
     """What the predictions are like, without any of their texts."""
     words = np.array([len(text.split()) for text in texts.predictions.values() if text])
     probabilities = texts.n_best.highest_probabilities()
@@ -245,110 +244,10 @@ def _summary(texts: "_Texts", references: dict[str, tuple[str, ...]], labelled: 
     }
 
 
-def _tuned_threshold(texts: _Texts, references: list[tuple[str, ...]]) -> float:
+def _tuned_threshold(texts: Texts, references: list[tuple[str, ...]]) -> float:
     """The null_score_diff_threshold that would have given the highest F1. Unlike the official search, it sees the
     answers that the present threshold suppresses."""
     _, overlap = score_each(texts.best, references, v2=True)
     has_answer = np.array([bool(answers) for answers in references])
     odds = np.array(list(texts.null_odds.values()))
     return best_threshold(overlap, odds, has_answer, np.array([not text for text in texts.best]))[1]
-
-
-def _texts(
-    answers: Answers, features: QuestionAnsweringFeatures, examples: list[data.Example], v2: bool, threshold: float
-) -> _Texts:
-    contexts = [example.context for example in examples]
-    starts, ends = spans_of_whole_characters(contexts, answers.example, answers.start_char, answers.end_char)
-    # two spans of tokens may be the same characters once blanks at their edges are left out
-    double = repeated(answers.example, starts, ends)
-    kept = np.delete(np.arange(len(starts)), double)
-    owner, score, starts, ends = answers.example[kept], answers.score[kept], starts[kept], ends[kept]
-    counts = np.bincount(owner, minlength=len(examples))
-    bounds = np.concatenate([[0], np.cumsum(counts)])
-    has_any = counts > 0
-    first = bounds[:-1][has_any]
-    highest = np.full(len(examples), -np.inf)
-    highest[has_any] = score[first]
-    null = answers.null_score.astype(np.float64)
-    odds = np.where(has_any, null - highest, NO_ANSWER_ODDS)
-    best = [""] * len(examples)
-    for i, start, end in zip(
-        np.flatnonzero(has_any).tolist(), starts[first].tolist(), ends[first].tolist(), strict=True
-    ):
-        best[i] = contexts[i][start:end]
-    ids = [example.id for example in examples]
-    suppressed = (odds > threshold).tolist() if v2 else [False] * len(examples)
-    predictions = {name: "" if none else text for name, text, none in zip(ids, best, suppressed, strict=True)}
-
-    # softmax over the answers of each example and, in SQuAD 2.0, "no answer"
-    top = np.maximum(highest, null) if v2 else highest
-    weights = np.exp(score - top[owner])
-    null_weights = np.exp(null - top) if v2 else np.zeros(len(examples))
-    total = np.bincount(owner, weights, minlength=len(examples)) + null_weights
-    columns = {
-        "start": starts,
-        "end": ends,
-        "score": score,
-        "start_logit": answers.start_logit[kept],
-        "end_logit": answers.end_logit[kept],
-        "window": answers.feature[kept] - np.searchsorted(features.example, owner),
-        "probability": weights / total[owner],
-    }
-    no_answer = None
-    if v2:  # behind the answers of the same score
-        ahead = np.bincount(owner[score >= null[owner]], minlength=len(examples))
-        shares = null_weights / np.where(total > 0, total, 1)
-        no_answer = list(zip(ahead.tolist(), null.tolist(), shares.tolist(), strict=True))
-    n_best = NBestAnswers(dict(zip(ids, range(len(ids)), strict=True)), contexts, bounds, columns, no_answer)
-    null_odds = dict(zip(ids, odds.tolist(), strict=True)) if v2 else {}
-    return _Texts(predictions, n_best, best, null_odds)
-
-
-@dataclass(frozen=True)
-class NBestAnswers(Mapping[str, list[dict[str, Any]]]):
-    """Id -> best answers first, with probabilities over the list.
-
-    The lists are made when they are asked for: those of all examples at once are a hundred times as large as what
-    they are made of.
-    """
-
-    rows: dict[str, int]
-    contexts: list[str]
-    bounds: npt.NDArray[np.int64]
-    """The answers of example i are `bounds[i]` to `bounds[i + 1]` of the columns."""
-    columns: dict[str, npt.NDArray[Any]]
-    no_answer: list[tuple[int, float, float]] | None
-    """For each example the place, the score and the probability of "no answer"."""
-
-    def highest_probabilities(self) -> npt.NDArray[np.float64]:
-        """Of the best answer of each example that has any."""
-        return self.columns["probability"][self.bounds[:-1][np.diff(self.bounds) > 0]]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.rows)
-
-    def __getitem__(self, key: str) -> list[dict[str, Any]]:
-        i = self.rows[key]
-        context, own = self.contexts[i], slice(self.bounds[i], self.bounds[i + 1])
-        entries: list[dict[str, Any]] = [
-            {
-                "text": context[start:end],
-                "score": score,
-                "start_logit": start_logit,
-                "end_logit": end_logit,
-                "start": start,
-                "end": end,
-                "window": window,
-                "probability": probability,
-            }
-            for start, end, score, start_logit, end_logit, window, probability in zip(
-                *(column[own].tolist() for column in self.columns.values()), strict=True
-            )
-        ]
-        if self.no_answer is not None:
-            place, score, probability = self.no_answer[i]
-            entries.insert(place, {"text": "", "score": score, "probability": probability})
-        return entries
