@@ -91,9 +91,11 @@ def model_info(call: Call) -> Response:
 
 @route("GET", f"{MODEL}/refs", "read")
 def refs(call: Call) -> Response:
-    branches = call.repo.branches.items()
-    listed = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": sha} for name, sha in branches]
-    return Response.json({"branches": listed, "tags": [], "converts": [], "pullRequests": []})
+    def listed(references: Mapping[str, str], kind: str) -> list[dict[str, str]]:
+        return [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": sha} for name, sha in references.items()]
+
+    branches, tags = listed(call.repo.branches, "heads"), listed(call.repo.tags, "tags")
+    return Response.json({"branches": branches, "tags": tags, "converts": [], "pullRequests": []})
 
 
 @route("GET", f"{MODEL}/commits/{REVISION}", "read")
@@ -201,6 +203,12 @@ def create_branch(call: Call) -> Response:
 def delete_branch(call: Call) -> Response:
     call.repo.delete_branch(call.names["revision"])
     return Response.json({})
+
+
+@route("POST", f"{MODEL}/tag/{REVISION}", "write")
+def create_tag(call: Call) -> Response:
+    call.repo.create_tag(call.json["tag"], call.names["revision"])
+    return Response.json({}, 201)
 
 
 @route("POST", f"{MODEL}/super-squash/{REVISION}", "write")

@@ -7,7 +7,20 @@ from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any, Literal, get_args
 
-Kind = Literal["none", "status", "hang", "drop", "drop_in_body", "lost_answer", "flip_byte", "endless", "truncate"]
+Kind = Literal[
+    "none",
+    "status",
+    "hang",
+    "drop",
+    "drop_in_body",
+    "lost_answer",
+    "flip_byte",
+    "endless",
+    "truncate",
+    "trickle",
+    "trickle_body",
+    "slow_body",
+]
 
 
 @dataclass(frozen=True)
@@ -25,9 +38,11 @@ class Action:
             raise ValueError(f"no such fault: {self.kind}")
 
 
-def status(code: int, headers: Mapping[str, str] | None = None, body: bytes = b"") -> Action:
-    """This answer and nothing done."""
-    return Action("status", code, headers or {}, body)
+def status(
+    code: int, headers: Mapping[str, str] | None = None, body: bytes = b"", seconds: float | None = None
+) -> Action:
+    """This answer and nothing done, after so many seconds."""
+    return Action("status", code, headers or {}, body, seconds)
 
 
 def hang(seconds: float | None = None) -> Action:
@@ -47,6 +62,15 @@ ENDLESS = Action("endless")
 """The answer's bytes do not end until the client closes."""
 TRUNCATE = Action("truncate")
 """Half of what Content-Length says is sent."""
+TRICKLE = Action("trickle", seconds=0.1)
+"""The headers of the answer come one byte at a time."""
+TRICKLE_BODY = Action("trickle_body", seconds=0.1)
+"""The body of the answer comes one byte at a time, without end."""
+
+
+def slow_body(seconds: float) -> Action:
+    """A wait before each piece of the body of the answer."""
+    return Action("slow_body", seconds=seconds)
 
 
 @dataclass

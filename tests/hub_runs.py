@@ -47,12 +47,21 @@ def make_model(directory: Path, step: int, **files: str) -> Path:
 class Runner:
     """A run's pushes, one after the other."""
 
-    def __init__(self, tmp_path: Path, run: str = "r", *, keep: int = 2, repo_id: str = REPO, settled: bool = True):
+    def __init__(
+        self,
+        tmp_path: Path,
+        run: str = "r",
+        *,
+        keep: int = 2,
+        keep_models: int | None = None,
+        repo_id: str = REPO,
+        settled: bool = True,
+    ):
         self.tmp_path = tmp_path
         self.count = 0
         self.repository = Repository(repo_id)
         self.repository.create(private=True)
-        self.publication = Publication(self.repository, Identity(run, is_settled=settled), STATES, keep)
+        self.publication = Publication(self.repository, Identity(run, is_settled=settled), STATES, keep, keep_models)
 
     def make(self, lane: Lane, step: int, **files: str) -> Push:
         self.count += 1

@@ -30,12 +30,14 @@ from tests.hub_faults import (
     ENDLESS,
     FLIP_BYTE,
     LOST_ANSWER,
+    TRICKLE,
+    TRICKLE_BODY,
     TRUNCATE,
     Action,
     Fault,
     Faults,
-    Kind,
     hang,
+    slow_body,
     spoiled,
     status,
 )
@@ -51,6 +53,8 @@ __all__ = [
     "ENDLESS",
     "FLIP_BYTE",
     "LOST_ANSWER",
+    "TRICKLE",
+    "TRICKLE_BODY",
     "TRUNCATE",
     "Action",
     "Commit",
@@ -62,6 +66,7 @@ __all__ = [
     "User",
     "hang",
     "online",
+    "slow_body",
     "status",
 ]
 
@@ -227,6 +232,7 @@ class _Handler(BaseHTTPRequestHandler):
         if action.kind == "drop_in_body" and next(iter(body), None):
             raise _Cut(reset=True)
         if action.kind == "status":
+            self.hub.closing.wait(action.seconds or 0)
             response = Response(action.code, action.body, dict(action.headers))
         else:
             response = self._answer(body)
@@ -234,7 +240,7 @@ class _Handler(BaseHTTPRequestHandler):
         if action.kind == "lost_answer":
             raise _Cut
         self.hub.requests.append(Request(self.command, self.path, response.status))
-        return self._send(response, action.kind)
+        return self._trickle(response, action) if "trickle" in action.kind else self._send(response, action)
 
     def _answer(self, body: Body) -> Response:
         try:
@@ -245,13 +251,28 @@ class _Handler(BaseHTTPRequestHandler):
             traceback.print_exc()
             return Response.error(HubError(500, f"The test server failed: {error!r}"))
 
-    def _send(self, response: Response, fault: Kind = "none") -> None:
+    def _trickle(self, response: Response, action: Action) -> None:
+        """Send the headers, or a body whose first chunk never gets a size, byte by byte."""
+        self.close_connection = True
+        body = action.kind == "trickle_body"
+        headers = response.headers | ({"Transfer-Encoding": "chunked"} if body else {"X-Slow": "." * 2000})
+        head = f"HTTP/1.1 {response.status} OK\r\n" + "".join(f"{name}: {text}\r\n" for name, text in headers.items())
+        if body:
+            self.wfile.write(f"{head}\r\n".encode())
+        for byte in b"0" * 2000 if body else head.encode():
+            self.wfile.write(bytes([byte]))
+            if self.hub.closing.wait(action.seconds):
+                return
+
+    def _send(self, response: Response, action: Action | None = None) -> None:
+        fault = action.kind if action else "none"
         pieces = response.pieces()
         if fault == "endless":
             self.close_connection = True
         else:
             response.headers.setdefault("Content-Length", str(response.size))
-        self.send_response(response.status)
+        self.send_response_only(response.status)
+        response.headers.setdefault("Date", self.date_time_string())
         for name, value in response.headers.items():
             self.send_header(name, value)
         self.end_headers()
@@ -259,7 +280,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         for piece in spoiled(fault, pieces, response.size):
             self.wfile.write(piece)
-            if self.hub.closing.wait(0.002 if fault == "endless" else 0):
+            pause = 0.002 if fault == "endless" else action.seconds if action and fault == "slow_body" else 0
+            if self.hub.closing.wait(pause):
                 break
         if fault in ("truncate", "drop_in_body"):
             self._end(reset=fault == "drop_in_body")

@@ -173,6 +173,7 @@ class Repo:
         self.private: bool = settings["private"]
         self.created: str = settings["created"]
         self._branches: dict[str, str] = settings["branches"]
+        self._tags: dict[str, str] = settings.get("tags", {})
         self._commits = {path.stem: Commit.load(path) for path in self._commits_directory.glob("*.json")}
         self._forget_unreachable()
 
@@ -181,10 +182,15 @@ class Repo:
         with self._store.lock:
             return dict(self._branches)
 
-    def resolve(self, revision: str = "main") -> Commit:
-        """`revision`: a branch or the full sha of a commit that some branch still reaches."""
+    @property
+    def tags(self) -> dict[str, str]:
         with self._store.lock:
-            commit = self._commits.get(self._branches.get(revision, revision))
+            return dict(self._tags)
+
+    def resolve(self, revision: str = "main") -> Commit:
+        """`revision`: a branch, a tag or the full sha of a commit that some branch or tag still reaches."""
+        with self._store.lock:
+            commit = self._commits.get((self._tags | self._branches).get(revision, revision))
         if commit is None:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return commit
@@ -251,6 +257,13 @@ class Repo:
                 raise HubError(409, f"Reference already exists: {name}")
             self._save(self._branches | {name: self.resolve(revision).sha})
 
+    def create_tag(self, name: str, revision: str = "main") -> None:
+        with self._store.writing():
+            if name in self._tags:
+                raise HubError(409, f"Reference already exists: {name}")
+            self._tags = self._tags | {name: self.resolve(revision).sha}
+            self._save(self._branches)
+
     def delete_branch(self, name: str) -> None:
         with self._store.writing():
             if name == "main":
@@ -272,14 +285,14 @@ class Repo:
 
     def _save(self, branches: dict[str, str]) -> None:
         """The moment from which a change is there."""
-        settings = {"private": self.private, "created": self.created, "branches": branches}
+        settings = {"private": self.private, "created": self.created, "branches": branches, "tags": self._tags}
         write_atomically(self._settings, [json.dumps(settings).encode()])
         self._branches = branches
 
     def _forget_unreachable(self) -> None:
         """Commits that a squash left behind, or that a killed server wrote before it could move a branch to them."""
         reachable: set[str] = set()
-        for sha in self._branches.values():
+        for sha in (*self._branches.values(), *self._tags.values()):
             reachable |= {commit.sha for commit in self.commits(sha)}
         for sha in self._commits.keys() - reachable:
             del self._commits[sha]
