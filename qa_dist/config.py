@@ -260,6 +260,9 @@ class HubConfig(Section):
     the model of an epoch likewise; none: only what a run ends with. The first and the last are always pushed."""
     keep: PositiveInt = 2
     """Number of newest training states to keep on the Hub."""
+    keep_models: PositiveInt | None = None
+    """Number of models that the history of main may hold; where there are more, it is squashed to its newest commit,
+    which frees their storage. All files stay, also those of other people. None: all of them."""
     strict: bool = True
     """Whether a run does not start when the Hub cannot be reached, or the token cannot write; else it is a warning."""
     drain_timeout: PositiveFloat = 600.0

@@ -108,36 +108,60 @@ class Repository:
             return sha
 
     def head_if_any(self, revision: str) -> str | None:
-        """`head`, or None where there is no such revision, or no repository that this token can see."""
+        """Return `head`, or None where there is no such revision, or no repository that this token can see.
+
+        Nobody takes the Hub's word for it after one answer: a run would begin anew where its states lie.
+        """
         try:
             return self.head(revision)
         except HubError as error:
-            if error.is_missing:
-                return None
-            raise
+            if not error.is_missing:
+                raise
+        if revision in self._references():
+            raise HubError(f"{self.id}: {revision} is there, and yet cannot be found", Remedy.RETRY)
+        return None
+
+    def _references(self) -> set[str]:
+        """Return the names of all branches and tags; none where there is no repository."""
+        with troubles():
+            try:
+                refs = self._api.list_repo_refs(self.id)
+            except HfHubHTTPError as error:
+                if isinstance(error, RepositoryNotFoundError) or error.response.status_code in (404, 501):
+                    return set()
+                raise
+            return {ref.name for ref in (*refs.branches, *refs.tags)}
+
+    def history(self, branch: str) -> list[str]:
+        """Return the titles of the commits of a branch, newest first."""
+        with troubles():
+            return [commit.title for commit in self._api.list_repo_commits(self.id, revision=branch)]
 
     def tree(self, commit: str, folder: str = "", *, recursive: bool = False) -> dict[str, Entry | None]:
-        """Path -> what lies there, below `folder`; None for a folder. Empty where `folder` is not there. Raises
-        `DamagedError` for more than anybody has written there on purpose."""
+        """Return path -> what lies there, below `folder`; None for a folder. Empty where `folder` is not there; that is
+        asked twice, as the files of a commit do not go away. Raises `DamagedError` for more than anybody has written
+        there on purpose."""
         with troubles():
-            listed = self._api.list_repo_tree(
-                self.id, path_in_repo=folder or None, revision=commit, recursive=recursive
-            )
-            found: dict[str, Entry | None] = {}
-            try:
-                for item in itertools.islice(listed, MOST_ENTRIES + 1):
-                    is_file = isinstance(item, RepoFile)
-                    found[item.path] = Entry(item.size, item.lfs.sha256 if item.lfs else None) if is_file else None
-            except HfHubHTTPError as error:
-                if _is_absent(error) and folder:
-                    return {}
-                raise
-            if len(found) > MOST_ENTRIES:
-                raise DamagedError(f"{folder or self.id} holds more than {MOST_ENTRIES:,} files")
-            return found
+            return self._tree(commit, folder, recursive) or self._tree(commit, folder, recursive)
+
+    def _tree(self, commit: str, folder: str, recursive: bool) -> dict[str, Entry | None]:
+        listed = self._api.list_repo_tree(self.id, path_in_repo=folder or None, revision=commit, recursive=recursive)
+        found: dict[str, Entry | None] = {}
+        try:
+            for item in itertools.islice(listed, MOST_ENTRIES + 1):
+                is_file = isinstance(item, RepoFile)
+                found[item.path] = Entry(item.size, item.lfs.sha256 if item.lfs else None) if is_file else None
+        except HfHubHTTPError as error:
+            if _is_absent(error) and folder:
+                return {}
+            raise
+        if len(found) > MOST_ENTRIES:
+            raise DamagedError(f"{folder or self.id} holds more than {MOST_ENTRIES:,} files")
+        return found
 
     def read(self, path: str, commit: str, limit: int = MOST_JSON_BYTES) -> bytes | None:
-        """The bytes of a small file, or None if it is not there. Raises `DamagedError` for a larger one."""
+        """Return the bytes of a small file, or None if neither it nor its name is there. Raises `DamagedError` for a
+        larger one."""
         with troubles():
             content = bytearray()
             try:
@@ -147,13 +171,15 @@ class Repository:
                         if len(content) > limit:
                             raise DamagedError(f"{path} has more than {limit:,} bytes")
             except HfHubHTTPError as error:
-                if _is_absent(error):
-                    return None
-                raise
+                if not _is_absent(error):
+                    raise
+                if path in self.tree(commit, path.rpartition("/")[0]):
+                    raise HubError(f"{path} is listed, and yet cannot be found", Remedy.RETRY) from error
+                return None
             return bytes(content)
 
     def read_json(self, path: str, commit: str) -> Any:
-        """The content of a JSON file; None where there is none, or it is not JSON."""
+        """Return the content of a JSON file; None where there is none, or it is not JSON."""
         try:
             content = self.read(path, commit)
             return json.loads(content) if content is not None else None
@@ -165,7 +191,7 @@ class Repository:
 
         Raises `DamagedError` unless it is what is `expected`.
         """
-        attempt, reached = 0, 0
+        attempt, reached, mismatches = 0, 0, 0
         while True:
             attempt += 1
             try:
@@ -173,9 +199,12 @@ class Repository:
                     self._fetch_rest(path, commit, target, expected)
                 if (found := File.of(target)).is_same(expected):
                     return
-                target.unlink()
-                if attempt >= 2:  # once it may have been the line
-                    raise DamagedError(f"{path} is not what its manifest says (sha256 {found.sha256[:12]}…)")
+                raise DamagedError(f"{path} is not what its manifest says (sha256 {found.sha256[:12]}…)")
+            except DamagedError:
+                target.unlink(missing_ok=True)
+                reached, mismatches = 0, mismatches + 1
+                if mismatches >= 2:  # once it may have been the line
+                    raise
             except HubError as error:
                 size = target.stat().st_size if target.is_file() else 0
                 if size - reached >= max(2**20, expected.size // 100):  # it gets on
@@ -225,8 +254,12 @@ class Repository:
                     raise
                 user = {}
             name, info = str(user.get("name", "an unknown user")), self._info()
+            if info is None and (problem := self._cannot_create(user)) is not None:
+                info = self._info()  # it has to be true before a run is refused
+                if info is None:
+                    return Access(name, None, False, problem)
             if info is None:
-                return Access(name, None, False, self._cannot_create(user))
+                return Access(name, None, False, None)
             return Access(name, info.sha, bool(info.private), self._cannot_write(user))
 
     def _info(self) -> Any:
@@ -255,16 +288,17 @@ class Repository:
                 raise
         return None if _role(user) != "read" else "the token is for reading only; make one that may write"
 
-    def create(self, *, private: bool) -> None:
-        """Create the repository, if it is not there."""
+    def create(self, *, private: bool) -> str:
+        """Create the repository, if it is not there; return the newest commit on `main`, which may be somebody's."""
         with troubles():
-            if self._info() is not None:
-                return
-            try:
-                self._api.create_repo(self.id, private=private, exist_ok=True)
-            except LookupError:  # the client did not understand the answer
-                if self._info() is None:
-                    raise
+            info = self._info()
+            if info is None:
+                with contextlib.suppress(LookupError):  # the client did not understand the answer
+                    self._api.create_repo(self.id, private=private, exist_ok=True)
+                info = self._info()
+            if info is None or not info.sha:
+                raise HubError(f"{self.id} was created, and yet cannot be found", Remedy.RETRY)
+            return info.sha
 
     def create_branch(self, branch: str) -> None:
         with troubles():

@@ -15,25 +15,28 @@ from typing import Any, NamedTuple
 from huggingface_hub import CommitOperationAdd
 
 from qa_dist.checkpoint import manifest as manifests
-from qa_dist.checkpoint.hub import MAIN, Repository, sha256_of
+from qa_dist.checkpoint.hub import MAIN, Entry, Repository, sha256_of
 from qa_dist.checkpoint.hub_client import HubError, Remedy
-from qa_dist.checkpoint.manifest import File, Manifest
+from qa_dist.checkpoint.manifest import DamagedError, File, Manifest
+from qa_dist.checkpoint.ownership import (
+    CARD,
+    POINTER,
+    WEIGHTS,
+    ConflictError,
+    UnreadablePointerError,
+    require_free_branch,
+    require_no_model,
+)
 from qa_dist.checkpoint.push_queue import Lane, Push
 from qa_dist.checkpoint.store import directory_name
 
-POINTER = "pushed.json"
-CARD = "README.md"
 SCHEMA_VERSION = 1
 WaitForShards = Callable[[Mapping[str, File]], tuple[Mapping[str, CommitOperationAdd], str]]
 """Path -> file of what is wanted; returns what there is of it, and what is the matter with the rest."""
-WEIGHTS = (".safetensors", ".bin", ".pt", ".h5", ".msgpack", ".onnx")
-
-
-class ConflictError(HubError):
-    """Another run pushes to the same repository."""
-
-    def __init__(self, reason: str):
-        super().__init__(reason, Remedy.NONE)
+MODEL_TITLE = "Model of step "
+"""How the titles of the commits begin that hold a model."""
+MOST_LEFT_BEHIND = 5
+"""Folders that a push looks into, to see whether they can be removed."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +74,16 @@ class Pointer:
         return cls(**{name: content[name] for name in names if name in content})
 
 
-class UnreadablePointerError(HubError):
-    """There is a pointer, and nobody can tell what it says."""
-
-
 def read_pointer(repository: Repository, commit: str) -> Pointer | None:
     """None where there surely is none: who pushed is not to be guessed at. Raises `HubError`, also for one of a newer
     version of this package."""
-    content = repository.read_json(POINTER, commit)
-    if content is None and POINTER not in repository.tree(commit):
-        return None
-    pointer = Pointer.parse(content)
+    try:
+        content = repository.read(POINTER, commit)
+        if content is None:
+            return None
+        pointer = Pointer.parse(json.loads(content))
+    except (DamagedError, ValueError, RecursionError):
+        pointer = None
     if pointer is None:
         raise UnreadablePointerError(
             f"{POINTER} in {repository.id} cannot be read, so it is not known whose work lies there", Remedy.RETRY
@@ -89,6 +91,19 @@ def read_pointer(repository: Repository, commit: str) -> Pointer | None:
     if pointer.schema_version > SCHEMA_VERSION:
         raise HubError(f"{repository.id} was written by a newer version of qa_dist; update qa_dist", Remedy.NONE)
     return pointer
+
+
+def listing(repository: Repository, commit: str, pointer: Pointer | None) -> dict[str, Entry | None]:
+    """Return what lies at the top of a commit that has this pointer. Raises `HubError` for a listing without it.
+
+    One answer that lacks a state does not prove that the state is gone.
+    """
+    entries = repository.tree(commit)
+    if pointer is not None and not entries.keys() >= {POINTER, *pointer.states}:
+        entries |= repository.tree(commit)
+        if POINTER not in entries:
+            raise HubError(f"the Hub lists {repository.id} without {POINTER}, which is there", Remedy.RETRY)
+    return entries
 
 
 def new_id() -> str:
@@ -129,11 +144,17 @@ class Identity:
 class Publication:
     """Pushes what a run has to one repository. All its methods raise `HubError`."""
 
-    def __init__(self, repository: Repository, identity: Identity, branch: str, keep: int):
+    def __init__(
+        self, repository: Repository, identity: Identity, branch: str, keep: int, keep_models: int | None = None
+    ):
         self.repository = repository
         self.identity = identity
         self.branch = branch
         self.keep = keep
+        self.keep_models = keep_models
+        self.skips_unchanged = False
+        """Whether what another process of this run has pushed already is not pushed again. A run in progress does push
+        it: so an older process of the same run, if it still lives, sees that it has a successor."""
         self.wait_for_shards: WaitForShards = lambda shards: ({}, "")
         """For the shards that lie on other nodes' disks."""
         self.notes: list[str] = []
@@ -144,6 +165,8 @@ class Publication:
         # the first push squashes: earlier attempts may have ended before they did
         self._commits_since_squash = keep
         self._card_is_kept = False
+        self._foreign: set[str] = set()
+        """Folders of states that are not this run's."""
 
     def push(self, push: Push, count_commit: Callable[[], None]) -> None:
         """One try. Calls `count_commit` before each commit."""
@@ -171,14 +194,13 @@ class Publication:
             head = repository.head(self.branch)
         pointer = read_pointer(repository, head)
         self.identity.require_own(pointer, repository)
-        entries = repository.tree(head)
+        entries = listing(repository, head, pointer)
         if pointer is None and not self._has_made_branch:
             require_free_branch(repository, self.branch, entries)
         manifest_bytes = (push.directory / manifests.NAME).read_bytes()
         digest = sha256_of(manifest_bytes)
         manifest = Manifest.parse(manifest_bytes, folder)
-        if pointer and pointer.attempt == self.identity.attempt and pointer.states.get(folder) == digest:
-            # an earlier try has done it, and its answer was lost
+        if pointer and self._has_pushed(pointer, push) and pointer.states.get(folder) == digest:
             return repository.require(head, {f"{folder}/{name}": file for name, file in manifest.files.items()})
         present = {path for path, entry in entries.items() if entry is None and manifests.DIRECTORY.fullmatch(path)}
         before = [name for name in (pointer.states if pointer else {}) if name in present and name != folder]
@@ -186,6 +208,7 @@ class Publication:
         kept = [name for name in before if name < folder][: self.keep - 1]
         states = {folder: digest} | {name: pointer.states[name] for name in kept if pointer}
         gone = [f"{name}/" for name in before if name not in states]
+        gone += [f"{name}/" for name in self._left_behind(head, present.difference(before, states), min(states))]
         if pointer is None or not pointer.states:  # a branch begins as a copy of main, whose model is not a state
             copied = entries.keys() - {CARD} if pointer is None else {path.split("/")[0] for path in pointer.files}
             copied = (copied & entries.keys()) - {".gitattributes", POINTER, folder}
@@ -201,6 +224,29 @@ class Publication:
         if self._commits_since_squash >= self.keep:
             self.squash(count_commit)
         return None
+
+    def _has_pushed(self, pointer: Pointer, push: Push) -> bool:
+        """Return whether an earlier try, whose answer was lost, has pushed this step, or another process that this one
+        need not replace."""
+        if pointer.attempt == self.identity.attempt:
+            return True
+        return self.skips_unchanged and pointer.run == self.identity.run and pointer.step == push.step
+
+    def _left_behind(self, head: str, names: Iterable[str], oldest: str) -> list[str]:
+        """Return which of the folders `names` hold states of this run that are older than the folder `oldest`: no
+        pointer names them any more, and nobody else would remove them."""
+        found: list[str] = []
+        for name in sorted(name for name in names if name < oldest and name not in self._foreign)[:MOST_LEFT_BEHIND]:
+            try:
+                manifest = self.repository.read_json(f"{name}/{manifests.NAME}", head)
+            except HubError:  # the next push asks again
+                continue
+            progress = manifest.get("progress") if isinstance(manifest, dict) else None
+            if isinstance(progress, dict) and progress.get("run_id") == self.identity.run:
+                found.append(name)
+            else:
+                self._foreign.add(name)
+        return found
 
     def _state_files(
         self, push: Push, manifest: Manifest
@@ -252,8 +298,8 @@ class Publication:
             del files[CARD]
         known = {name: File.of(path) for name, path in files.items()}
         hashes = {name: file.sha256 for name, file in known.items()}
-        if pointer and pointer.attempt == self.identity.attempt and pointer.step == push.step:
-            # an earlier try has done it; what is made anew for each, the card and the logs, may be newer
+        if pointer and self._is_unchanged(pointer, push, hashes):
+            # what is made anew for each try, the card and the logs, may be newer
             same = {name: file for name, file in known.items() if pointer.files.get(name) == file.sha256}
             return repository.require(head, {name: known[name] for name in known if name.endswith(WEIGHTS)} | same)
         present = repository.tree(head)
@@ -262,7 +308,7 @@ class Publication:
         gone = [name for name in before if name in present and name not in {*files, CARD} and "/" not in name]
         own = Pointer(self.identity.run, self.identity.attempt, push.step, files=hashes)
         additions: dict[str, Path | bytes | CommitOperationAdd] = {**files, POINTER: own.to_json()}
-        message = f"Model of step {push.step}"
+        message = f"{MODEL_TITLE}{push.step}"
         try:
             count_commit()
             repository.commit(MAIN, head, additions, gone, message, hashes)
@@ -273,7 +319,29 @@ class Publication:
             del additions[CARD]
             count_commit()
             repository.commit(MAIN, head, additions, gone, message, hashes)
+        self._bound_history(push, count_commit)
         return None
+
+    def _is_unchanged(self, pointer: Pointer, push: Push, hashes: Mapping[str, str]) -> bool:
+        """Return whether the model has been pushed already, see `_has_pushed`."""
+        if pointer.step != push.step or not self._has_pushed(pointer, push):
+            return False
+        if pointer.attempt == self.identity.attempt:
+            return True
+        kept = {CARD} - hashes.keys()  # a card that a person has edited is not pushed
+        return {name: sha256 for name, sha256 in pointer.files.items() if name not in kept} == hashes
+
+    def _bound_history(self, push: Push, count_commit: Callable[[], None]) -> None:
+        """Forget the history of `main` where it holds more models than are to be kept. Files are not touched."""
+        if self.keep_models is None:
+            return
+        try:
+            titles = self.repository.history(MAIN)
+            if sum(title.startswith(MODEL_TITLE) for title in titles) > self.keep_models:
+                count_commit()
+                self.repository.squash(MAIN, f"{MODEL_TITLE}{push.step}")
+        except HubError as error:  # the model itself is there; the next push tries again
+            self.notes.append(f"hub: the history of {MAIN} could not be squashed: {error}")
 
     def _may_replace_card(self, head: str, pointer: Pointer | None) -> bool:
         """Whether the card on the Hub is ours as we pushed it, or holds no text yet; what a person has written there
@@ -317,27 +385,3 @@ def require_usable(repository: Repository, run: str, main: Found, branch: str, s
         require_no_model(repository, main.commit)
     if states.pointer is None and states.commit is not None:
         require_free_branch(repository, branch, repository.tree(states.commit))
-
-
-def require_no_model(repository: Repository, main: str) -> None:
-    """Raise `ConflictError` if there is a model in the commit `main`."""
-    weights = [name for name in repository.tree(main) if name.endswith(WEIGHTS)]
-    if weights:
-        raise ConflictError(
-            f"{repository.id} holds a model already ({weights[0]}) that no run of qa_dist has pushed, and nothing is "
-            "overwritten; name another repository"
-        )
-
-
-def require_free_branch(repository: Repository, branch: str, entries: Iterable[str]) -> None:
-    """Raise `ConflictError` if a branch that no run has pushed to holds anything that it would lose."""
-    others = sorted(set(entries) - {".gitattributes", CARD})
-    if POINTER in others:
-        raise UnreadablePointerError(
-            f"{POINTER} on the branch {branch} of {repository.id} cannot be read", Remedy.RETRY
-        )
-    if others:
-        raise ConflictError(
-            f"the branch {branch} of {repository.id} holds {others[0]}, and is no branch of training states; name "
-            "another (--hub.branch)"
-        )

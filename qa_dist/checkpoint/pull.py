@@ -15,7 +15,8 @@ from qa_dist.checkpoint import manifest as manifests
 from qa_dist.checkpoint.hub import Repository, sha256_of
 from qa_dist.checkpoint.hub_client import HubError, Remedy
 from qa_dist.checkpoint.manifest import DamagedError, File, Manifest, damage
-from qa_dist.checkpoint.publication import Pointer, UnreadablePointerError, read_pointer
+from qa_dist.checkpoint.ownership import UnreadablePointerError
+from qa_dist.checkpoint.publication import Pointer, listing, read_pointer
 from qa_dist.checkpoint.store import flush, put_in_place
 
 KINDS = (".safetensors", ".json", ".jsonl", ".txt", ".model", ".jinja")
@@ -58,7 +59,7 @@ def states(repository: Repository, revision: str) -> RemoteStates | None:
         pointer = read_pointer(repository, commit)
     except UnreadablePointerError:  # then the names have to do
         pointer = None
-    entries = repository.tree(commit)
+    entries = listing(repository, commit, pointer)
     present = {path for path, entry in entries.items() if entry is None and manifests.DIRECTORY.fullmatch(path)}
     told = [name for name in (pointer.states if pointer else {}) if name in present]
     others = sorted(present - set(told), key=manifests.step_number, reverse=True)

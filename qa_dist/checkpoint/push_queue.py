@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from qa_dist.checkpoint.attempt import Attempt, CancelledError
 from qa_dist.checkpoint.hub_client import HubError, Remedy
 
 Lane = Literal["state", "model"]
@@ -23,6 +24,12 @@ MOST_REFUSALS = 4
 """Tries of one push that the Hub refuses, before it is given up: a refusal may be a flaw that passes."""
 FIRST_WAIT, LONGEST_WAIT = 2.0, 120.0
 """Seconds before the second try, and before any later one."""
+STUCK, STUCK_ALONE = 30.0, 300.0
+"""Seconds without progress after which a try is cancelled: where another push waits, and where none does."""
+GRACE = 5.0
+"""Seconds that a cancelled try has to end; then it is left behind."""
+CHECK = 0.5
+"""Seconds from one look at a try to the next."""
 
 
 class Clock:
@@ -98,6 +105,14 @@ class _Job:
     tries: int = 0
     refusals: int = 0
     problem: str = ""
+
+
+@dataclass
+class _Outcome:
+    """Of one try."""
+
+    is_known: bool = False
+    error: HubError | None = None
 
 
 class PushQueue:
@@ -176,7 +191,8 @@ class PushQueue:
                 waited = "not waited for" if time.monotonic() < end else f"not done within {seconds:g} s"
                 self._end(job, "failed", f"{waited}: {job.problem or 'the Hub has not answered'}")
             self._waiting.clear()
-            self._active = None  # whatever becomes of it is not waited for
+            self._active = None  # it is cancelled, and not waited for
+            self._changed.notify_all()
             summary = self._summary
             for lane, push in self._newest.items():
                 if self._landed.get(lane) is not push:
@@ -203,18 +219,54 @@ class PushQueue:
                 job = self._take()
                 if job is None:
                     return
-            error: HubError | None = None
-            try:
-                self._do(job.push, self._count_commit)
-            except HubError as raised:
-                error = raised
-            except Exception as raised:  # a bug must be heard, and not end the thread
-                error = HubError(f"{type(raised).__name__}: {raised}", Remedy.MEND)
+            error = self._try(job)
             with self._changed:
                 if self._active is job:  # else drain has given it up
                     self._active = None
                     self._settle(job, error)
                 self._changed.notify_all()
+
+    def _try(self, job: _Job) -> HubError | None:
+        """Push once, in a thread that can be left behind: what hangs in it may not be stoppable. Return what went
+        wrong."""
+        attempt, outcome = Attempt(), _Outcome()
+
+        def push() -> None:
+            try:
+                with attempt:
+                    self._do(job.push, lambda: self._count_commit(attempt))
+            except HubError as raised:
+                outcome.error = raised
+            except CancelledError as raised:
+                outcome.error = HubError(str(raised), Remedy.RETRY)
+            except Exception as raised:  # a bug must be heard, and not end the thread
+                outcome.error = HubError(f"{type(raised).__name__}: {raised}", Remedy.MEND)
+            with self._changed:
+                outcome.is_known = True
+                self._changed.notify_all()
+
+        threading.Thread(target=push, name=f"push-{job.push.lane}", daemon=True).start()
+        with self._changed:
+            while not outcome.is_known:
+                self._changed.wait(CHECK)
+                if self._active is not job:  # drain has given it up
+                    attempt.cancel()
+                    return None
+                if attempt.cancel_if_stuck(STUCK if self._is_waited_for() else STUCK_ALONE):
+                    # A cancelled try commits nothing, whatever becomes of its thread.
+                    self._changed.wait_for(lambda: outcome.is_known, GRACE)
+                    break
+            if not outcome.is_known:
+                return HubError(f"no progress, so it was cancelled: {attempt.problem}".rstrip(": "), Remedy.RETRY)
+            if outcome.error is not None and attempt.is_cancelled:
+                reason = f"no progress, so it was cancelled: {attempt.problem or outcome.error}"
+                return HubError(reason, outcome.error.remedy)
+            return outcome.error
+
+    def _is_waited_for(self) -> bool:
+        """Return whether another push could be tried now."""
+        now = self._clock.now()
+        return self._paused_until <= now and any(job.due <= now for job in self._waiting.values())
 
     def _take(self) -> _Job | None:
         """The next push whose time has come, made the active one; None once there will be no more."""
@@ -243,7 +295,8 @@ class PushQueue:
         # A push may take two: itself, and one that squashes the branch.
         return now if len(self._commits) + 2 <= most else self._commits[1 - most] + 3600
 
-    def _count_commit(self) -> None:
+    def _count_commit(self, attempt: Attempt) -> None:
+        attempt.require()
         with self._changed:
             self._commits.append(self._clock.now())
 

@@ -75,6 +75,7 @@ def push(path: Path, config: RunConfig, say: Say) -> int:
     step = newest.step if newest else 0
     identity = Identity(status["run"], step=step, is_settled=False)
     with contextlib.closing(Publisher(config.hub, run, identity)) as publisher:
+        publisher.publication.skips_unchanged = True
 
         def tell() -> None:
             for text in [*(str(event) for event in publisher.events()), *publisher.notes()]:

@@ -13,7 +13,8 @@ from qa_dist.checkpoint import manifest as manifests
 from qa_dist.checkpoint.hub import MAIN, Repository
 from qa_dist.checkpoint.hub_client import HubError, Remedy
 from qa_dist.checkpoint.manifest import FILE_NAME, DamagedError, File, Manifest
-from qa_dist.checkpoint.publication import ConflictError, Found, Identity, Pointer, read_pointer, require_usable
+from qa_dist.checkpoint.ownership import ConflictError
+from qa_dist.checkpoint.publication import Found, Identity, Pointer, read_pointer, require_usable
 from qa_dist.checkpoint.pull import KINDS, RemoteStates, fetch_files, pull, read_manifest, states
 from qa_dist.checkpoint.store import publish_directory
 from qa_dist.config import RunConfig
@@ -113,12 +114,13 @@ def _look(config: RunConfig, source: str | None, revision: str | None) -> HubVie
         repository = Repository(hub.repo_id)
         try:
             access = patiently(repository.access)
-            if access.head is not None:
-                model = patiently(lambda: read_pointer(repository, str(access.head)))
+            head = access.head
+            if head is None and access.problem is None:  # or seems not to be there: then this finds it
+                head = patiently(lambda: repository.create(private=hub.private))
+            if head is not None:
+                model = patiently(lambda: read_pointer(repository, head))
                 own = patiently(lambda: states(repository, hub.branch))
-                view = HubView(access.problem, None, access.head, model, own, own)
-            elif access.problem is None:
-                patiently(lambda: repository.create(private=hub.private))
+                view = HubView(access.problem, None, head, model, own, own)
             else:
                 view = HubView(access.problem)
         except (HubError, DamagedError) as error:

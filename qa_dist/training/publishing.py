@@ -82,7 +82,7 @@ class Publisher:
         repository = Repository(hub.repo_id)
         self.uploads = NodeUploads(store, repository) if store is not None else None
         if identity is not None:
-            self.publication = Publication(repository, identity, hub.branch, hub.keep)
+            self.publication = Publication(repository, identity, hub.branch, hub.keep, hub.keep_models)
             if self.uploads is not None:
                 self.publication.wait_for_shards = self.uploads.wait_for
             self.queue = PushQueue(self.publication.push)

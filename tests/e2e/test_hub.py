@@ -150,6 +150,14 @@ def test_nodes_with_disks_of_their_own(hub: HubServer, tmp_path: Path):
     assert steps_of(hub)[0] == 39
 
 
+def test_hub_push_of_what_is_there_makes_no_commit(hub: HubServer, pushed: Path, capsys):
+    before = hub.repo(REPO).branches
+    code, shown, message = qa_dist(capsys, "hub", "push", pushed)
+    assert code == 0, message
+    assert "2 pushed" in shown
+    assert hub.repo(REPO).branches == before
+
+
 # ----------------------------------------------------------------------------------------- when it fails
 
 

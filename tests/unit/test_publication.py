@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from qa_dist.checkpoint import hub as hub_module
-from qa_dist.checkpoint import hub_client
+from qa_dist.checkpoint import hub_client, hub_network
 from qa_dist.checkpoint.hub import Repository
 from qa_dist.checkpoint.hub_client import HubError, Remedy
-from qa_dist.checkpoint.publication import ConflictError, Found, require_usable
+from qa_dist.checkpoint.ownership import ConflictError
+from qa_dist.checkpoint.publication import Found, require_usable
 from qa_dist.checkpoint.push_queue import Push, PushQueue
 from tests.hub_runs import REPO, STATES, Runner, make_state, require_whole
 from tests.hub_server import (
@@ -419,7 +420,8 @@ def test_a_hub_that_asks_for_a_hundred_hours(hub: HubServer, runner: Runner):
 def test_an_answer_that_drips(hub: HubServer, runner: Runner, monkeypatch: pytest.MonkeyPatch):
     """Each piece comes in time, but it would take for ever."""
     monkeypatch.setattr(hub_client, "TIMEOUT", hub_client.httpx2.Timeout(0.3))
-    monkeypatch.setattr(hub_client, "SLOWEST", 1e12)
+    monkeypatch.setattr(hub_network, "SLOWEST", 1e12)
+    online(monkeypatch, hub.url)  # a new client
     hub.faults.add(Fault("GET", "/resolve/", ENDLESS, times=1))
     with pytest.raises(HubError, match="no answer within"):
         runner.repository.read(".gitattributes", "main", 2**40)
@@ -430,3 +432,73 @@ def test_offline_is_said(hub: HubServer, runner: Runner, monkeypatch: pytest.Mon
     assert runner.queued(runner.make("state", 1)).missing == {
         "state of step 1": "HF_HUB_OFFLINE is set, so the Hub is not asked"
     }
+
+
+def test_the_history_of_models_is_bounded(hub: HubServer, tmp_path: Path):
+    """Whatever people have written stays: their files, a card, a tag, another branch; and an earlier process counts."""
+    repo, known = None, set()
+    for attempt in range(3):
+        runner = Runner(tmp_path, keep_models=2)
+        runner.publication.identity.known |= known
+        known.add(runner.publication.identity.attempt)
+        repo = hub.repo(REPO)
+        if attempt == 0:
+            repo.commit_as("alice", {"README.md": b"# Mine\n", "notes.txt": b"mine"})
+            repo.create_tag("v0")
+            repo.create_branch("mine")
+        for step in (10 * attempt + 1, 10 * attempt + 2):
+            runner.push("model", step)
+            models = [commit for commit in repo.commits() if commit.title.startswith("Model of step")]
+            assert 0 < len(models) <= 2
+            assert repo.read("model.safetensors") == f"weights {step}".encode()
+            assert repo.read("README.md") == b"# Mine\n"
+            assert repo.read("notes.txt") == b"mine"
+        runner.push("state", 10 * attempt + 2)
+    assert repo is not None
+    require_whole(hub, 22, 12)
+    assert repo.stored_bytes() < 2 * sum(entry.size for entry in (*repo.files().values(), *repo.files(STATES).values()))
+    for revision in ("v0", "mine"):
+        assert repo.read("notes.txt", revision) == b"mine"
+        assert [commit.title for commit in repo.commits(revision)] == ["A foreign commit", "initial commit"]
+
+
+def test_the_history_of_models_is_whole_by_default(hub: HubServer, runner: Runner):
+    for step in range(1, 6):
+        runner.push("model", step)
+    assert commits(hub, "main") == [f"Model of step {step}" for step in range(1, 6)]
+
+
+def test_a_history_that_cannot_be_squashed_does_not_hold_back_the_model(hub: HubServer, tmp_path: Path):
+    runner = Runner(tmp_path, keep_models=1)
+    runner.push("model", 1)
+    hub.faults.add(Fault("POST", "/super-squash/", status(500)))
+    runner.push("model", 2)
+    assert runner.publication.notes[0].startswith("hub: the history of main could not be squashed: 500")
+    runner.push("model", 3)
+    assert hub.repo(REPO).commits("main")[0].title == "Model of step 3"
+    assert len(hub.repo(REPO).commits("main")) == 1
+
+
+def test_what_is_there_already_is_not_committed_again(hub: HubServer, runner: Runner, tmp_path: Path):
+    """By `hub push`, whose process has pushed none of it. A run in progress does commit it: see `skips_unchanged`."""
+    runner.push("model", 3)
+    runner.push("state", 3)
+    before = hub.repo(REPO).branches
+    again = Runner(tmp_path, settled=False)
+    again.publication.skips_unchanged = True
+    summary = again.queued(again.make("state", 3), again.make("model", 3))
+    assert summary.pushed == ["state of step 3", "model of step 3"]
+    assert hub.repo(REPO).branches == before
+    hub.repo(REPO).commit_as("alice", {"README.md": b"# Mine\n"})  # a person's card is not pushed over either
+    before = hub.repo(REPO).branches
+    assert not again.queued(again.make("model", 3)).missing
+    assert hub.repo(REPO).branches == before
+    assert not again.queued(again.make("model", 3, **{"config.json": '{"changed": 1}'})).missing
+    assert commits(hub, "main")[-1] == "Model of step 3"
+    assert hub.repo(REPO).read("config.json") == b'{"changed": 1}'
+    assert not again.queued(again.make("state", 4), again.make("model", 4)).missing
+    require_whole(hub, 4, 3)
+    running = Runner(tmp_path)
+    running.publication.identity.known.add(again.publication.identity.attempt)
+    running.push("state", 4)
+    assert hub.repo(REPO).read("pushed.json", STATES).count(running.publication.identity.attempt.encode()) == 1
