@@ -249,8 +249,9 @@ class PushQueue:
         with self._changed:
             while not outcome.is_known:
                 self._changed.wait(CHECK)
-                if self._active is not job:  # drain has given it up
+                if self._active is not job:  # drain has given it up, or the queue was closed
                     attempt.cancel()
+                    self._changed.wait_for(lambda: outcome.is_known, GRACE)
                     return None
                 if attempt.cancel_if_stuck(STUCK if self._is_waited_for() else STUCK_ALONE):
                     # A cancelled try commits nothing, whatever becomes of its thread.
