@@ -24,8 +24,9 @@ MOST_REFUSALS = 4
 """Tries of one push that the Hub refuses, before it is given up: a refusal may be a flaw that passes."""
 FIRST_WAIT, LONGEST_WAIT = 2.0, 120.0
 """Seconds before the second try, and before any later one."""
-STUCK, STUCK_ALONE = 30.0, 300.0
-"""Seconds without progress after which a try is cancelled: where another push waits, and where none does."""
+STUCK, STUCK_ALONE = 60.0, 300.0
+"""Seconds without progress after which a try is cancelled: where another push waits, and where none does. Xet takes an
+answer after a minute for a healthy one."""
 GRACE = 5.0
 """Seconds that a cancelled try has to end; then it is left behind."""
 CHECK = 0.5
