@@ -4,7 +4,6 @@ written to it, one commit at a time."""
 import contextlib
 import hashlib
 import itertools
-import json
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -177,14 +176,6 @@ class Repository:
                     raise HubError(f"{path} is listed, and yet cannot be found", Remedy.RETRY) from error
                 return None
             return bytes(content)
-
-    def read_json(self, path: str, commit: str) -> Any:
-        """Return the content of a JSON file; None where there is none, or it is not JSON."""
-        try:
-            content = self.read(path, commit)
-            return json.loads(content) if content is not None else None
-        except (DamagedError, ValueError, RecursionError):
-            return None
 
     def download(self, path: str, commit: str, target: Path, expected: File, tries: int = 6) -> None:
         """Fetch a file, and go on where a broken connection left off. Not a byte more than `expected` has is written.

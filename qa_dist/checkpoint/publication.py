@@ -29,6 +29,7 @@ from qa_dist.checkpoint.ownership import (
 )
 from qa_dist.checkpoint.push_queue import Lane, Push
 from qa_dist.checkpoint.store import directory_name
+from qa_dist.errors import UserError
 
 SCHEMA_VERSION = 1
 WaitForShards = Callable[[Mapping[str, File]], tuple[Mapping[str, CommitOperationAdd], str]]
@@ -238,11 +239,13 @@ class Publication:
         found: list[str] = []
         for name in sorted(name for name in names if name < oldest and name not in self._foreign)[:MOST_LEFT_BEHIND]:
             try:
-                manifest = self.repository.read_json(f"{name}/{manifests.NAME}", head)
+                content = self.repository.read(f"{name}/{manifests.NAME}", head, manifests.MAX_BYTES)
+                is_ours = content is not None and Manifest.parse(content, name).run_id == self.identity.run
             except HubError:  # the next push asks again
                 continue
-            progress = manifest.get("progress") if isinstance(manifest, dict) else None
-            if isinstance(progress, dict) and progress.get("run_id") == self.identity.run:
+            except (DamagedError, UserError):  # it does not say whose it is
+                is_ours = False
+            if is_ours:
                 found.append(name)
             else:
                 self._foreign.add(name)

@@ -11,9 +11,11 @@ from qa_dist.checkpoint.hub import Repository
 from qa_dist.checkpoint.hub_client import HubError, Remedy
 from qa_dist.checkpoint.manifest import DamagedError, Manifest, damage
 from qa_dist.checkpoint.pull import pull, states
+from qa_dist.checkpoint.store import write_manifest
 from qa_dist.config import HubConfig, RunConfig
 from qa_dist.training import hub_view
-from tests.hub_runs import REPO, STATES, Runner, make_state, require_whole
+from tests.helpers import make_manifest
+from tests.hub_runs import REPO, STATES, Runner, require_whole
 from tests.hub_server import DROP_IN_BODY, FLIP_BYTE, TRUNCATE, Action, Fault, HubServer, status
 
 pytestmark = pytest.mark.filterwarnings("ignore:Warnings while validating metadata")
@@ -168,12 +170,10 @@ def test_states_that_no_pointer_names_are_removed_when_they_are_old(hub: HubServ
     repo = hub.repo(REPO)
     pointer = json.loads(repo.read("pushed.json", STATES))
     del pointer["states"]["step_00000001"]  # as an empty listing once had it
-    make_state(tmp_path / "theirs", 0)
-    manifest = json.loads((tmp_path / "theirs/manifest.json").read_text())
-    manifest["progress"]["run_id"] = "another run"
+    write_manifest(tmp_path, make_manifest(0, run_id="another"))
     foreign = {
         "pushed.json": json.dumps(pointer).encode(),
-        "step_00000000/manifest.json": json.dumps(manifest).encode(),
+        "step_00000000/manifest.json": (tmp_path / "manifest.json").read_bytes(),
         "step_00000001/notes.txt": b"beside a state of this run",
         "notes/step_00000001.txt": b"mine",
     }
