@@ -13,9 +13,9 @@ import numpy as np
 
 from qa_dist.checkpoint.progress import Meter, Progress
 from qa_dist.checkpoint.publication import Pointer
-from qa_dist.checkpoint.state import full_weights
+from qa_dist.checkpoint.state import full_weights, non_finite
 from qa_dist.config import RunConfig
-from qa_dist.errors import NotPushedError, TrainingError, UserError
+from qa_dist.errors import NotPushedError, TrainingError, UserError, listing
 from qa_dist.reporting.run_directory import RunDirectory, StoppedError
 from qa_dist.reporting.tracker import Tracker
 from qa_dist.tasks.task import FeatureSet, Score, Task
@@ -119,9 +119,11 @@ class Training:
                 if not self.has_model and self.progress.step > 0:
                     self._complete_directory()
             except (StoppedError, NonFiniteError) as error:  # agreed by all ranks, so all are here
-                self._checkpoint()
+                usable = not isinstance(error, NonFiniteError) or error.weights_are_finite
+                if usable:
+                    self._checkpoint()
                 self.checkpointer.finish()
-                if not self.has_model and self.progress.step > 0:
+                if usable and not self.has_model and self.progress.step > 0:
                     self._export(0, None)
                 self._drain_together(STOPPED_SECONDS if isinstance(error, StoppedError) else math.inf)
                 raise
@@ -292,6 +294,10 @@ class Training:
 
         def write() -> None:
             assert weights is not None
+            if bad := non_finite(weights):
+                raise TrainingError(
+                    f"model/ is left as it was: {listing(bad, 3)} of step {self.progress.step} not finite"
+                )
             findings = score.findings if score else {}
             step = self.progress.step
             export_model(self.run.path / "model", model, weights, self.task, self.config, findings, step)

@@ -14,11 +14,16 @@ from qa_dist.tasks.task import Batch, FeatureSet, Task
 from qa_dist.training.batching import Indices, MicroBatch, shard
 from qa_dist.training.engine import Engine, seed_step
 from qa_dist.training.preemption import StopRequest
-from qa_dist.training.strategies import NonFiniteGradientError
+from qa_dist.training.strategies import NonFiniteGradientError, Strategy
 
 
 class NonFiniteError(TrainingError):
-    """A loss or a gradient is not a number. The weights are those before the step."""
+    """A loss or a gradient is not finite. The weights are those before the step."""
+
+    def __init__(self, reason: str, *, weights_are_finite: bool):
+        super().__init__(reason)
+        self.weights_are_finite = weights_are_finite
+        """False where an earlier step has spoiled the weights already, so that they are of no use."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,12 @@ class Collated(NamedTuple):
 
     part: MicroBatch
     batch: Batch
+
+
+def _weights_are_finite(strategy: Strategy) -> bool:
+    """Return whether all master weights are finite. All ranks have to call it."""
+    found = [bool(strategy.whole_weight(one).isfinite().all()) for one in strategy.plain_model().parameters()]
+    return all(found)
 
 
 class Step:
@@ -120,10 +131,19 @@ class Step:
         for (part, _), loss in zip(collated, losses, strict=True):
             if part.weight:
                 bad.extend(part.indices[~loss.isfinite().cpu().numpy()].tolist())
-        found = self.engine.gather((self.engine.rank, self.features.names(np.array(bad, dtype=np.int64))))
+        names = self.features.names(np.array(bad, dtype=np.int64))
+        found = self.engine.gather((self.engine.rank, names))
         places = [f"on rank {rank} for {listing(list(dict.fromkeys(names)))}" for rank, names in found if names]
-        who = ", " + ", ".join(places) if places else ", though all losses are numbers"
+        who = ", " + ", ".join(places) if places else ", though all losses are finite"
+        usable = _weights_are_finite(self.engine.strategy)
+        kept = (
+            "The weights are kept as they were before this step"
+            if usable
+            else "The weights were not finite before this step either, so they are not kept; the newest checkpoint "
+            "is of an earlier step"
+        )
         return NonFiniteError(
-            f"{what} at step {number + 1}{who}. The weights are kept as they were before this step. Lower "
-            "train.learning_rate, raise train.warmup_ratio, or look at these examples"
+            f"{what} at step {number + 1}{who}. {kept}. Lower train.learning_rate, raise train.warmup_ratio, or look "
+            "at these examples",
+            weights_are_finite=usable,
         )

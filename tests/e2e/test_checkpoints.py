@@ -195,11 +195,30 @@ def test_a_loss_that_is_no_number_leaves_the_state_before_it(tmp_path: Path, cap
     found = re.search(r"the (?:loss is \w+|gradient holds .*?) at step (\d+)", message)
     assert found, message
     step = int(found[1])
-    assert "on rank 0 for " in message or "though all losses are numbers" in message
+    assert "on rank 0 for " in message or "though all losses are finite" in message
     assert step > 1
     tensors = load_file(shard_of(tmp_path / "run", step - 1))
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
+
+
+def test_weights_that_are_not_finite_never_replace_a_good_checkpoint(cut_off: Path, capsys):
+    """The update of step 25 overflows although its loss is finite; the loss of step 26 shows it."""
+    before = (cut_off / "model/model.safetensors").read_bytes()
+    # a tenth of the rate is left at this step; without a long memory the quotient of AdamW's moments is large
+    flags = ["--train.learning_rate", "2e39", "--train.adam_beta2", "0.01"]
+    flags += ["--allow_changed", "train.learning_rate,train.adam_beta2"]
+    flags += ["--checkpoint.every", "1 steps", "--checkpoint.keep_last", "1", "--checkpoint.keep_best", "0"]
+    code, shown, message = train(capsys, cut_off, "--resume", "auto", *flags)
+    assert code == 1
+    assert "at step 26" in message
+    assert "The weights were not finite before this step either, so they are not kept" in message
+    assert re.search(r"the checkpoint of step 25 could not be written: .* on rank 0: not finite", shown)
+    names = [path.name for path in (cut_off / "checkpoints").iterdir()]
+    assert "step_00000024" in names
+    assert not [name for name in names if int(name.removeprefix("step_")) > 24]
+    assert qa_dist(capsys, "checkpoint", "verify", cut_off)[0] == 0
+    assert (cut_off / "model/model.safetensors").read_bytes() == before
 
 
 # ------------------------------------------------------------------------------------------ changed settings
