@@ -8,16 +8,17 @@ commit whose answer was lost is known, and a run sees that another one pushes to
 import json
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from huggingface_hub import CommitOperationAdd
+from pydantic import ConfigDict, Field, ValidationError
 
 from qa_dist.checkpoint import manifest as manifests
 from qa_dist.checkpoint.hub import MAIN, Entry, Repository, sha256_of
 from qa_dist.checkpoint.hub_client import HubError, Remedy
-from qa_dist.checkpoint.manifest import DamagedError, File, Manifest
+from qa_dist.checkpoint.manifest import DamagedError, File, Manifest, Sha256
 from qa_dist.checkpoint.ownership import (
     CARD,
     POINTER,
@@ -27,6 +28,7 @@ from qa_dist.checkpoint.ownership import (
     require_free_branch,
     require_no_model,
 )
+from qa_dist.checkpoint.progress import Count, Record
 from qa_dist.checkpoint.push_queue import Lane, Push
 from qa_dist.checkpoint.store import directory_name
 from qa_dist.errors import UserError
@@ -40,39 +42,32 @@ MOST_LEFT_BEHIND = 5
 """Folders that a push looks into, to see whether they can be removed."""
 
 
-@dataclass(frozen=True)
-class Pointer:
+class Pointer(Record):
     """Who pushed last to a branch, and what."""
 
-    run: str
-    """Of the run: the same from its first start to its end, on whatever machines."""
-    attempt: str
-    """Of the process: another one after each start."""
-    step: int
-    states: dict[str, str] = field(default_factory=dict)
+    model_config = ConfigDict(frozen=True)
+
+    run: Annotated[str, Field(max_length=200)]
+    """Identifies the run: the same from its first start to its end, on whatever machines."""
+    attempt: Annotated[str, Field(max_length=200)]
+    """Identifies the process: another one after each start."""
+    step: Count
+    states: dict[str, Sha256] = Field(default_factory=dict)
     """Folder -> sha256 of its manifest, newest first; on the branch of training states."""
-    files: dict[str, str] = field(default_factory=dict)
+    files: dict[str, Sha256] = Field(default_factory=dict)
     """Path -> sha256; on `main`."""
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Annotated[int, Field(ge=1)] = SCHEMA_VERSION
 
     def to_json(self) -> bytes:
-        return (json.dumps(asdict(self), indent=2) + "\n").encode()
+        return (self.model_dump_json(indent=2) + "\n").encode()
 
     @classmethod
     def parse(cls, content: Any) -> "Pointer | None":
-        """None for what is not one."""
-        if not isinstance(content, dict) or not isinstance(content.get("schema_version"), int):
+        """Return the pointer that `content` holds, or None for anything else. Fields of later versions are skipped."""
+        try:
+            return cls.model_validate({name: content[name] for name in cls.model_fields if name in content})
+        except (ValidationError, TypeError, LookupError):
             return None
-        texts, maps = (
-            (content.get("run"), content.get("attempt")),
-            (content.get("states", {}), content.get("files", {})),
-        )
-        if not all(isinstance(text, str) for text in texts) or not isinstance(content.get("step"), int):
-            return None
-        if not all(isinstance(one, dict) and all(isinstance(value, str) for value in one.values()) for one in maps):
-            return None
-        names = ("run", "attempt", "step", "states", "files", "schema_version")
-        return cls(**{name: content[name] for name in names if name in content})
 
 
 def read_pointer(repository: Repository, commit: str) -> Pointer | None:
@@ -216,7 +211,7 @@ class Publication:
             gone += [path + "/" * (entries[path] is None) for path in sorted(copied)]
         additions, hashes = self._state_files(push, manifest)
         gone += self._outdated(repository, head, folder, additions) if folder in present else []
-        own = Pointer(self.identity.run, self.identity.attempt, push.step, states=states)
+        own = Pointer(run=self.identity.run, attempt=self.identity.attempt, step=push.step, states=states)
         count_commit()
         repository.commit(
             self.branch, head, {**additions, POINTER: own.to_json()}, gone, f"State of step {push.step}", hashes
@@ -309,7 +304,7 @@ class Publication:
         before = pointer.files if pointer else {}
         # What lies in folders is logs, and those of earlier machines stay; the card is not ours once it was edited.
         gone = [name for name in before if name in present and name not in {*files, CARD} and "/" not in name]
-        own = Pointer(self.identity.run, self.identity.attempt, push.step, files=hashes)
+        own = Pointer(run=self.identity.run, attempt=self.identity.attempt, step=push.step, files=hashes)
         additions: dict[str, Path | bytes | CommitOperationAdd] = {**files, POINTER: own.to_json()}
         message = f"{MODEL_TITLE}{push.step}"
         try:

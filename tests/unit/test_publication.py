@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from qa_dist.checkpoint import hub_client, hub_network
 from qa_dist.checkpoint.hub import Repository
 from qa_dist.checkpoint.hub_client import HubError, Remedy
 from qa_dist.checkpoint.ownership import ConflictError
-from qa_dist.checkpoint.publication import Found, require_usable
+from qa_dist.checkpoint.publication import Found, Pointer, require_usable
 from qa_dist.checkpoint.push_queue import Push, PushQueue
 from tests.hub_runs import REPO, STATES, Runner, make_state, require_whole
 from tests.hub_server import (
@@ -502,3 +503,29 @@ def test_what_is_there_already_is_not_committed_again(hub: HubServer, runner: Ru
     running.publication.identity.known.add(again.publication.identity.attempt)
     running.push("state", 4)
     assert hub.repo(REPO).read("pushed.json", STATES).count(running.publication.identity.attempt.encode()) == 1
+
+
+POINTER = {
+    "run": "r",
+    "attempt": "a",
+    "step": 3,
+    "states": {"step_00000003": "0" * 64},
+    "files": {},
+    "schema_version": 1,
+}
+
+
+@pytest.mark.parametrize("name", ["run", "attempt", "step", "states", "files", "schema_version"])
+@pytest.mark.parametrize(
+    "value", [None, True, -1, 10**30, 1.5, "x" * 1000, [], {"step_00000003": 1}, {"a": "b"}], ids=repr
+)
+def test_hostile_pointers_are_none(name: str, value: Any):
+    assert Pointer.parse(POINTER) is not None
+    assert Pointer.parse(POINTER | {"later": 1}) is not None
+    newer = name == "schema_version" and value == 10**30
+    assert (Pointer.parse(POINTER | {name: value}) is not None) == newer
+
+
+@pytest.mark.parametrize("value", [None, [], "x", 3, {}, {"run": {}}, [{}] * 9], ids=repr)
+def test_what_is_no_pointer_is_none(value: Any):
+    assert Pointer.parse(value) is None
