@@ -83,6 +83,7 @@ class Training:
         load(self.engine, checkpoint)
         manifest = checkpoint.manifest
         self.progress = progress = manifest.progress.model_copy(deep=True)
+        self.plan.require_place(*progress.place, where=str(checkpoint.path))
         self.total_steps = progress.step + max(self.plan.total - self.plan.completed(*progress.place), 0)
         stored = self.engine.broadcast(exported_step(self.run.path / "model"))
         self.has_model = stored is not None and stored == progress.exported_step

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qa_dist.config import TrainConfig
+from qa_dist.errors import UserError
 from qa_dist.training.batching import Indices, plan_epoch
 
 
@@ -40,6 +41,15 @@ class RunPlan:
         """Return the number of batches before a place. It is the number of steps done, unless epochs, batches or data
         have changed since the run began."""
         return sum(self.batches_per_epoch[: epoch - 1]) + batches_done
+
+    def require_place(self, epoch: int, batches_done: int, where: str) -> None:
+        """Raise `UserError` if no run with this plan can be at a place; `where` names the checkpoint that says so."""
+        planned = self.batches_per_epoch[epoch - 1] if epoch <= len(self.batches_per_epoch) else 0
+        if batches_done > planned:
+            raise UserError(
+                f"{where}: its manifest says that {batches_done} batches of epoch {epoch} are done, and there are only "
+                f"{planned}: it was not written by a run with these data and settings"
+            )
 
     def learning_rate(self, epoch: int, batches_done: int) -> float:
         """Return the learning rate of the batch at a place."""

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qa_dist.config import TrainConfig
+from qa_dist.errors import UserError
 from qa_dist.training.schedule import RunPlan, learning_rate
 
 
@@ -107,3 +108,12 @@ def test_a_changed_run_continues_at_its_completed_share(
     if places and epochs == before.epochs:  # then it is where it was, as far as the steps are fine enough
         old, new = (steps_done, then.total, before), (after.completed(epoch, 0), after.total, now)
         assert abs(simple(*old) - found[0]) <= 2 * (slope(*old) + slope(*new))
+
+
+def test_a_place_that_no_run_can_be_at_is_refused():
+    plan = RunPlan(TrainConfig(epochs=2, global_batch_size=4), np.full(10, 30))
+    for place in ((1, 0), (1, 3), (2, 3), (3, 0)):
+        plan.require_place(*place, where="step_00000003")
+    for place in ((1, 4), (2, 10**15), (3, 1)):
+        with pytest.raises(UserError, match="step_00000003: its manifest says that .* batches of epoch"):
+            plan.require_place(*place, where="step_00000003")
