@@ -11,6 +11,7 @@ os.environ |= {
     "HF_HOME": str(_cache / "hf"),
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
 }
 
 from collections.abc import Iterator  # noqa: E402
@@ -19,6 +20,8 @@ import pytest  # noqa: E402
 
 from tests.helpers import Launcher  # noqa: E402
 from tests.hub_server import HubServer, online  # noqa: E402
+
+pytest_plugins = ["tests.hygiene"]
 
 
 def pytest_unconfigure() -> None:

@@ -1,7 +1,9 @@
 """Two launchers, as on two machines without SLURM: the recipe of the README, and the ways in which it goes wrong."""
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -37,13 +39,15 @@ def launch_on_two(tmp_path: Path, command: Sequence[str], program: Sequence[str]
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
+                start_new_session=True,
             )
         )
     try:
-        outputs = [process.communicate(timeout=90)[0] for process in processes]
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
     finally:
         for process in processes:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the ranks too
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
