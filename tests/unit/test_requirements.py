@@ -2,7 +2,10 @@
 
 import re
 import tomllib
-from importlib.metadata import distribution
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
+from types import MappingProxyType
 
 import pytest
 from packaging.requirements import Requirement
@@ -22,22 +25,32 @@ def pinned() -> dict[str, str]:
     return {canonicalize_name(pin[1]): pin[2] for pin in pins if pin}
 
 
-def closure(requirements: list[str]) -> dict[str, str]:
-    """Return package -> installed version of all that `requirements` need on this machine, directly or not."""
+@cache
+def installed(name: str) -> tuple[str, list[Requirement]]:
+    """Return the version of a package, "" where it is not installed, and what it needs."""
+    try:
+        found = distribution(name)
+    except PackageNotFoundError:
+        return "", []
+    return found.version, [Requirement(text) for text in found.requires or []]
+
+
+def closure(requirements: list[str], environment: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """Return package -> installed version ("" for none) of all that `requirements` need, directly or not; on this
+    machine, but for what `environment` says of it."""
     versions: dict[str, str] = {}
     seen: set[tuple[str, str]] = set()
     waiting = [(Requirement(text), "") for text in requirements]
     while waiting:
         requirement, extra = waiting.pop()
-        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+        if requirement.marker and not requirement.marker.evaluate({**environment, "extra": extra}):
             continue
         name = canonicalize_name(requirement.name)
-        installed = distribution(name)
-        versions[name] = installed.version
+        versions[name], needs = installed(name)
         for own in {"", *requirement.extras}:
             if (name, own) not in seen:
                 seen.add((name, own))
-                waiting += [(Requirement(text), own) for text in installed.requires or []]
+                waiting += [(needed, own) for needed in needs]
     return versions
 
 
@@ -48,15 +61,28 @@ def wanted() -> list[str]:
 
 
 def test_every_package_that_is_installed_is_pinned():
-    try:
-        versions = closure(wanted())
-    except ModuleNotFoundError as error:
-        pytest.skip(f"not all extras are installed: {error}")
+    versions = closure(wanted())
+    if missing := [name for name, version in versions.items() if not version]:
+        pytest.skip(f"not all extras are installed: {', '.join(missing)}")
     pins = pinned()
     assert len(versions) > 90
     assert {name: version.partition("+")[0] for name, version in versions.items()} == {
         name: pins.get(name, "not pinned") for name in versions
     }
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
+@pytest.mark.parametrize("machine", ["Linux x86_64", "Linux aarch64", "Darwin arm64"])
+def test_other_pythons_and_machines_take_nothing_that_is_not_pinned(python: str, machine: str):
+    system, _, processor = machine.partition(" ")
+    environment = {
+        "python_version": python,
+        "python_full_version": f"{python}.1",
+        "platform_system": system,
+        "sys_platform": system.lower(),
+        "platform_machine": processor,
+    }
+    assert not closure(wanted(), environment).keys() - pinned().keys()
 
 
 def test_what_installs_and_builds_is_pinned():
