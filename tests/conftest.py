@@ -1,5 +1,6 @@
 """Every test runs without a network, in caches of its own, with one thread per process."""
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -31,9 +32,10 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture
-def launcher(tmp_path: Path) -> Launcher:
+def launcher(tmp_path: Path) -> Iterator[Launcher]:
     """Starts commands on several processes, as a user does."""
-    return Launcher(tmp_path)
+    with contextlib.closing(Launcher(tmp_path)) as launcher:
+        yield launcher
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What several tests need: tiny models made on the spot, and real launches."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -81,6 +82,12 @@ class Launcher:
 
     def __init__(self, directory: Path):
         self.directory = directory
+        self._started: list[subprocess.Popen[str]] = []
+
+    def close(self) -> None:
+        """Kill what a test that has failed left running."""
+        for process in self._started:
+            kill_group(process)
 
     def config(self, engine: str, processes: int, **more: Any) -> Path:
         """`engine`: ddp, fsdp2, zero0, zero1, zero2, zero3 or zero3_offload, all on CPU."""
@@ -125,20 +132,14 @@ class Launcher:
         try:
             output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill_group(process)
             output, _ = process.communicate()
             raise AssertionError(f"no end after {timeout} s:\n{output}") from None
         return Launch(process.returncode, output)
 
-    def start_in(
-        self, directory: Path, engine: str, processes: int, *program: str, **more: Any
-    ) -> subprocess.Popen[str]:
-        """One node of several, which sees `directory` as its own."""
-        return self.start(self.command(engine, processes, *program, **more), directory)
-
     def start(self, command: Sequence[str], directory: Path = ROOT) -> subprocess.Popen[str]:
         """In a process group of its own, so that the launcher and all ranks can be ended together."""
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
             cwd=directory,
             env=environment(),
@@ -147,6 +148,8 @@ class Launcher:
             text=True,
             start_new_session=True,
         )
+        self._started.append(process)
+        return process
 
     def train(self, engine: str, processes: int, output_dir: Path, *flags: str, **more: Any) -> Launch:
         return self.run(
@@ -175,6 +178,13 @@ def sealed(values: dict[str, Any]) -> bytes:
     text = json.dumps(values | {"digest": ""})
     digest = hashlib.sha256(text.encode()).hexdigest()
     return text.replace('"digest": ""', f'"digest": "{digest}"').encode()
+
+
+def kill_group(process: "subprocess.Popen[str]") -> None:
+    """Kill a process that was started in a session of its own, and all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def environment() -> dict[str, str]:

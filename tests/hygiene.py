@@ -15,7 +15,7 @@ import pytest
 
 MARK = "QA_DIST_TESTS"
 """In the environment of all processes that this one starts, so that those are found whose parent has ended."""
-PATIENCE = 10.0
+PATIENCE = 30.0
 """Seconds that what has been asked to end may take."""
 SHARED_THREADS = ("fsspecIO", "tqdm_monitor")
 """Names of threads that libraries start once for a whole process."""

@@ -564,7 +564,7 @@ def test_exporting_a_checkpoint(cut_off: Path, tmp_path: Path, capsys):
 # -------------------------------------------------------------------------------------------------- killing
 
 
-def wait_for(process: "subprocess.Popen[str]", condition: Callable[[], bool], timeout: float = 90) -> None:
+def wait_for(process: "subprocess.Popen[str]", condition: Callable[[], bool], timeout: float = 240) -> None:
     deadline = time.monotonic() + timeout
     while not condition() and process.poll() is None:
         assert time.monotonic() < deadline

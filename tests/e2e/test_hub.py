@@ -117,7 +117,7 @@ def test_both_upload_protocols(hub: HubServer, tmp_path: Path, launcher: Launche
     assert "going on from" in done.output
 
 
-def test_nodes_with_disks_of_their_own(hub: HubServer, tmp_path: Path):
+def test_nodes_with_disks_of_their_own(hub: HubServer, launcher: Launcher, tmp_path: Path):
     """Two nodes, each with a run directory that the other does not see: each uploads its shards, one commits them, and
     when both disks are lost each node fetches the state once."""
     plan = {"zero_stage": 2, "deepspeed_multinode_launcher": "standard", "zero3_init_flag": False}
@@ -134,8 +134,9 @@ def test_nodes_with_disks_of_their_own(hub: HubServer, tmp_path: Path):
             settings = {"num_machines": 2, "machine_rank": rank, "main_process_ip": "127.0.0.1"}
             settings |= {"main_process_port": port, "rdzv_backend": "static", "deepspeed_config": plan}
             program = ("-m", "qa_dist", "train", *FLAGS, "--run.output_dir", "run", *more)
-            nodes.append(Launcher(directory).start_in(directory, "zero2", 2, *program, **settings))
-        outputs = [node.communicate(timeout=120)[0] for node in nodes]
+            command = Launcher(directory).command("zero2", 2, *program, **settings)
+            nodes.append(launcher.start(command, directory))
+        outputs = [node.communicate(timeout=240)[0] for node in nodes]
         assert [node.returncode for node in nodes] == [0, 0], outputs
         return outputs
 

@@ -1,9 +1,7 @@
 """Two launchers, as on two machines without SLURM: the recipe of the README, and the ways in which it goes wrong."""
 
-import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +12,7 @@ import pytest
 import yaml
 
 from qa_dist.reporting.status import read_status
-from tests.helpers import ROOT, environment, jsonl, tiny_flags
+from tests.helpers import ROOT, environment, jsonl, kill_group, tiny_flags
 
 CONFIGS = ROOT / "configs/accelerate"
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
@@ -46,8 +44,7 @@ def launch_on_two(tmp_path: Path, command: Sequence[str], program: Sequence[str]
         outputs = [process.communicate(timeout=240)[0] for process in processes]
     finally:
         for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # the ranks too
+            kill_group(process)
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
