@@ -29,7 +29,8 @@ if ! command -v g++ >/dev/null; then
 fi
 
 log=$(mktemp "${TMPDIR:-/tmp}/qa_dist-install-XXXXXX.log")
-trap 'echo; echo "launch/install.sh: interrupted; the same command goes on from here" >&2; rm -f "$log"; exit 130' INT TERM
+exec 3>&2 # a signal may come while the output goes into the log
+trap 'printf "\nlaunch/install.sh: interrupted; the same command goes on from here\n" >&3; rm -f "$log"; exit 130' INT TERM
 
 stage() { # NAME COMMAND [ARGUMENT ...]
     local name=$1 start=$SECONDS
