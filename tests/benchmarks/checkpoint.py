@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForQuestionAnswering
 
-from qa_dist.checkpoint.state import MOMENTS, HostCopies
+from qa_dist.checkpoint.state import MOMENTS, HostCopies, non_finite
 from qa_dist.checkpoint.store import directory_name
 from qa_dist.checkpoint.writer import CheckpointWriter, Retention
 from qa_dist.config import RunConfig
@@ -65,7 +65,7 @@ def worker(target: Path) -> None:
         exchange=engine.exchange,
         retention=Retention(1, 0),
     )
-    times: dict[str, list[float]] = {"ours": [], "save_state": [], "copy": []}
+    times: dict[str, list[float]] = {"ours": [], "save_state": [], "copy": [], "check": []}
     host = {}
     for number in range(ROUNDS):
         engine.gather(None)
@@ -83,6 +83,11 @@ def worker(target: Path) -> None:
         for name, tensor in tensors.items():
             host.setdefault(name, torch.empty_like(tensor)).copy_(tensor)
         times["copy"].append(time.perf_counter() - started)
+
+        engine.gather(None)
+        started = time.perf_counter()
+        assert non_finite(tensors) == []  # as the writing thread does before it writes
+        times["check"].append(time.perf_counter() - started)
 
         engine.gather(None)
         started = time.perf_counter()
@@ -108,8 +113,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.result:
         worker(Path(arguments.result))
-    print("| engine, processes | ours / save_state | ours / plain copy | bytes / (12 x weights) |")
-    print("|---|---|---|---|")
+    print(
+        "| engine, processes | ours / save_state | ours / plain copy | finite check / plain copy | bytes / (12 x weights) |"
+    )
+    print("|---|---|---|---|---|")
     for engine, processes in SETUPS:
         with tempfile.TemporaryDirectory() as directory:
             result = Path(directory) / "result.json"
@@ -120,13 +127,17 @@ def main() -> None:
             found = json.loads(result.read_text())
             times = {name: values[1:] for name, values in found["times"].items()}  # the first one makes the buffers
 
-            def ratio(other: str, times: dict[str, list[float]] = times) -> str:
-                ratios = [a / b for a, b in zip(times["ours"], times[other], strict=True)]
+            def ratio(one: str, other: str, times: dict[str, list[float]] = times) -> str:
+                ratios = [a / b for a, b in zip(times[one], times[other], strict=True)]
                 return f"{statistics.median(ratios):.3f}"
 
-            print(
-                f"| {engine}, {processes} | {ratio('save_state')} | {ratio('copy')} | {found['size']:.4f} |", flush=True
-            )
+            figures = [
+                ratio("ours", "save_state"),
+                ratio("ours", "copy"),
+                ratio("check", "copy"),
+                f"{found['size']:.4f}",
+            ]
+            print(f"| {engine}, {processes} | {' | '.join(figures)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -193,7 +193,41 @@ def with_a_file_less(manifest: dict[str, Any], files: dict[str, bytes]) -> None:
     del files[SHARD]
 
 
+def with_empty_lists(manifest: dict[str, Any], files: dict[str, bytes]) -> None:
+    files["manifest.json"] = b'{"files": [' + b"[]," * 4_000_000 + b"[]]}"
+    manifest["files"] = None
+
+
+def with_an_endless_step(manifest: dict[str, Any], files: dict[str, bytes]) -> None:
+    manifest["progress"]["step"] = 10**30
+
+
+def with_steps_that_were_not_done(manifest: dict[str, Any], files: dict[str, bytes]) -> None:
+    manifest["progress"]["batches_done"] = 2
+
+
+def with_text_for_history(manifest: dict[str, Any], files: dict[str, bytes]) -> None:
+    manifest["progress"]["history"] = "x"
+
+
+def with_a_sum_that_is_no_number(manifest: dict[str, Any], files: dict[str, bytes]) -> None:
+    manifest["progress"]["loss_sum"] = float("nan")
+
+
+def with_deep_settings(manifest: dict[str, Any], files: dict[str, bytes]) -> None:
+    inner: Any = {}
+    for _ in range(500):
+        inner = {"a": inner}
+    manifest["config"] = inner
+
+
 HOSTILE = {
+    with_empty_lists: "more entries than a manifest can have",
+    with_an_endless_step: "progress.step: Input should be less than",
+    with_steps_that_were_not_done: "3 steps are not 0 before the epoch and 2 of its batches",
+    with_text_for_history: "progress.history: Input should be a valid list",
+    with_a_sum_that_is_no_number: "NaN is not JSON",
+    with_deep_settings: "its manifest cannot be read",
     with_pickle: "a file of a kind that no state has: 'optimizer.pt'",
     with_code: "a file of a kind that no state has: 'modeling.py'",
     with_climbing_path: "names a file outside of its directory",
