@@ -114,7 +114,7 @@ def main() -> None:
     if arguments.result:
         worker(Path(arguments.result))
     print(
-        "| engine, processes | ours / save_state | ours / plain copy | finite check / plain copy | bytes / (12 x weights) |"
+    print("| engine, processes | ours / save_state | ours / copy | check / copy | bytes / (12 x weights) |")
     )
     print("|---|---|---|---|---|")
     for engine, processes in SETUPS:
