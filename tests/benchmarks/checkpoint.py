@@ -113,9 +113,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.result:
         worker(Path(arguments.result))
-    print(
     print("| engine, processes | ours / save_state | ours / copy | check / copy | bytes / (12 x weights) |")
-    )
     print("|---|---|---|---|---|")
     for engine, processes in SETUPS:
         with tempfile.TemporaryDirectory() as directory:
