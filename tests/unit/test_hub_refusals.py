@@ -75,12 +75,12 @@ def in_seconds(seconds: float) -> str:
 
 WAITS = {
     "seconds": ({"Retry-After": "100"}, 100),
-    "a date": ({"Retry-After": in_seconds(1000)}, hub_client.MOST_PATIENCE),
+    "a date": ({"Retry-After": in_seconds(100_000)}, hub_client.MOST_PATIENCE),
     "a date, by a clock that is wrong": (
         {"Retry-After": "Wed, 21 Oct 2015 07:29:40 GMT", "Date": "Wed, 21 Oct 2015 07:28:00 GMT"},
         100,
     ),
-    "a date that has passed": ({"Retry-After": in_seconds(-1000)}, 0),
+    "a date that has passed": ({"Retry-After": in_seconds(-100_000)}, 0),
     "nonsense": ({"Retry-After": "soon"}, 0),
     "a limit": ({"RateLimit": '"api";r=0;t=120', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}, 120),
     "a limit without a reset": ({"RateLimit": '"api";r=0', "RateLimit-Policy": '"api";q=500;w=300'}, 300),
