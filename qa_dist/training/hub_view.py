@@ -207,7 +207,7 @@ def run_of(view: RemoteStates) -> str | None:
         return view.pointer.run
     for name in view.names:
         try:
-            return patiently(lambda name=name: read_manifest(view, name))[0].run_id
+            return patiently(lambda name=name: read_manifest(view, name))[0].run_id or None
         except DamagedError:
             continue
         except HubError as error:
