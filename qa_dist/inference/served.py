@@ -26,10 +26,10 @@ class Served:
 
 def questions(answerer: QuestionAnswerer, name: str) -> Served:
     def texts(values: dict[str, Any]) -> tuple[str, ...]:
-        _require_known(values, ("question", "context", "top_k"))
         question, context = values.get("question"), values.get("context")
         if not isinstance(question, str) or not isinstance(context, str):
             raise InputError("question and context are needed, both texts")
+        _require_known(values, ("question", "context", "top_k"))
         return question, context
 
     def ask(values: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -51,10 +51,10 @@ def _require_known(values: dict[str, Any], known: Sequence[str]) -> None:
 
 def entities(classifier: TokenClassifier, name: str) -> Served:
     def texts(values: dict[str, Any]) -> tuple[str, ...]:
-        _require_known(values, ("text",))
         text = values.get("text")
         if not isinstance(text, str):
             raise InputError("text is needed, a text")
+        _require_known(values, ("text",))
         return (text,)
 
     def ask(values: dict[str, Any], seconds: float) -> dict[str, Any]:

@@ -232,7 +232,11 @@ def test_the_server(url: str, classifier: TokenClassifier):
             return json.loads(response.read())
 
     assert places(post({"text": TEXT})["entities"]) == places(classifier(TEXT))
-    for content, message in (({"question": "a"}, b"text is needed"), ({"text": " "}, b"nothing but blanks")):
+    for content, message in (
+        ({"question": "a"}, b"text is needed"),
+        ({"text": "a", "top_k": 2}, b"unknown keys: 'top_k'; it takes text"),
+        ({"text": " "}, b"nothing but blanks"),
+    ):
         with pytest.raises(urllib.error.HTTPError) as caught:
             post(content)
         assert caught.value.code == 400 and message in caught.value.read()
