@@ -1,6 +1,7 @@
 """Directories of checkpoints: complete or not there at all, listed, verified and thinned out."""
 
 import contextlib
+import itertools
 import math
 import os
 import re
@@ -155,10 +156,23 @@ def checkpoints(root: Path) -> list[Found]:
 
 
 def step_directories(root: Path) -> list[str]:
-    """Names of the directories in `root` that are called as checkpoints are."""
-    if not root.is_dir():
+    """Return the names of the directories in `root` that are called as checkpoints are.
+
+    One that cannot be looked at, such as a link to a disk that is not there, is among them. Raises `OSError` where
+    `root` is there but cannot be read.
+    """
+
+    def is_file(entry: "os.DirEntry[str]") -> bool:
+        try:
+            return entry.is_file()
+        except OSError:
+            return False
+
+    try:
+        with os.scandir(root) as entries:
+            return [entry.name for entry in entries if manifests.DIRECTORY.fullmatch(entry.name) and not is_file(entry)]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return [path.name for path in root.iterdir() if manifests.DIRECTORY.fullmatch(path.name) and path.is_dir()]
 
 
 def verified(root: Path, *, may_be_missing: bool = False) -> Iterator[Found]:
@@ -203,6 +217,17 @@ def recover(root: Path) -> None:
         target = path.with_name(path.name.removeprefix(".").removesuffix(".old"))
         if not target.exists() and (path / manifests.NAME).is_file():
             path.rename(target)
+
+
+ASIDE = "damaged."
+"""Prefix of the names of checkpoints that were set aside."""
+
+
+def set_aside(path: Path) -> None:
+    """Rename a checkpoint that cannot be used, so that nothing replaces it. Raises `OSError`."""
+    suffixes = itertools.chain([""], (f".{number}" for number in itertools.count(2)))
+    targets = (path.with_name(f"{ASIDE}{path.name}{suffix}") for suffix in suffixes)
+    path.rename(next(target for target in targets if not target.exists()))
 
 
 def tidy(root: Path) -> None:

@@ -1,5 +1,8 @@
 """Going on where an earlier run was: which checkpoint, whether it fits, and how its tensors come back."""
 
+import contextlib
+import errno
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +14,13 @@ from qa_dist.checkpoint import manifest as manifests
 from qa_dist.checkpoint.manifest import DamagedError, Manifest, TensorSpec, damage
 from qa_dist.checkpoint.pull import RemoteStates
 from qa_dist.checkpoint.state import restore, tensor_specs
-from qa_dist.checkpoint.store import Shards, gap, step_directories
+from qa_dist.checkpoint.store import ASIDE, Shards, gap, set_aside, step_directories
 from qa_dist.config import RunConfig
-from qa_dist.errors import UserError, listing
+from qa_dist.errors import TrainingError, UserError, listing
 from qa_dist.reporting.run_directory import require_free
 from qa_dist.reporting.status import read_status
 from qa_dist.training.changes import check_settings, is_same_run
-from qa_dist.training.engine import Engine
+from qa_dist.training.engine import PASSING, Engine
 from qa_dist.training.hub_view import HubView, fetch, run_of
 
 DIRECTORY = "checkpoints"
@@ -62,135 +65,246 @@ class Checkpoint:
     manifest: Manifest
 
 
+@dataclass(frozen=True)
+class Unusable:
+    """A checkpoint that is there and cannot be used."""
+
+    path: Path
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.path} is not used: {self.problem}"
+
+    @property
+    def step(self) -> int:
+        """-1 for one that was set aside earlier."""
+        is_named = manifests.DIRECTORY.fullmatch(self.path.name)
+        return manifests.step_number(self.path.name) if is_named else -1
+
+
 def find(
     engine: Engine, config: RunConfig, resume: Resume, view: HubView = NOTHING_THERE
 ) -> tuple[Checkpoint | None, list[str]]:
-    """The newest complete checkpoint of what `resume` names, and why newer ones are not used; the same on all ranks.
+    """Return the newest complete checkpoint of what `resume` names, the same on all ranks, and why newer ones are not
+    used.
 
     One that lies on the Hub (`view`) is fetched into the run directory. None where there is nothing to resume. Raises
-    `UserError` for a path or a repository that holds no checkpoint that can be used.
+    `UserError` where there are checkpoints and none can be used, and `TrainingError` if the cause may pass.
     """
     if resume.source == "none":
         return None, []
     if resume.is_in_place:
         return _find_own(engine, config, resume, view)
     path = Path(resume.source).expanduser()
-    if any(engine.gather((path / manifests.NAME).is_file())):
+    if any(engine.gather(_may_be_checkpoint(path))):
         problem, manifest = _agreed(engine, path)
         if manifest is None:
-            raise UserError(f"--resume: {path} cannot be used: {problem}")
+            kind = _kind(engine, [Unusable(path, problem)])
+            raise kind(f"--resume: {path} cannot be used: {problem}")
         return Checkpoint(path, manifest), []
+    passed: list[Unusable] = []
     for root in (path / DIRECTORY, path):
-        found, notes = _newest(engine, root)
+        found, more = _newest(engine, root)
+        passed += more
         if found is not None:
-            return found, notes
-    raise UserError(
-        f"--resume: {path} holds no complete checkpoint{': ' + '; '.join(notes) if notes else ''}. Name a run "
-        f"directory, or a directory step_… in its {DIRECTORY}/"
+            return found, [str(one) for one in passed]
+    raise _kind(engine, passed)(
+        f"--resume: {path} holds no complete checkpoint{': ' + '; '.join(map(str, passed)) if passed else ''}. Name a "
+        f"run directory, or a directory step_… in its {DIRECTORY}/"
     )
 
 
 def _find_own(engine: Engine, config: RunConfig, resume: Resume, view: HubView) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint of the run directory or of the Hub, whichever is newer."""
+    """Return the newest checkpoint of the run directory or of the Hub, whichever is newer, and notes."""
     root = config.output_dir / DIRECTORY
-    local, notes = _newest(engine, root)
+    local, passed = _newest(engine, root, with_set_aside=True)
+    notes = [str(one) for one in passed]
     here = local.manifest.step if local else -1
+    if resume.is_from_hub:
+        _require_states(resume, view, root, here)
     remote = view.states
-    if resume.is_from_hub and view.states_problem:
-        raise UserError(f"--resume {resume.source}: {view.states_problem}")
     if remote is None or not remote.names:
-        if resume.is_from_hub:
-            raise UserError(f"--resume {resume.source}: there is no state of training on that branch")
-        if view.states_problem and local is None:
-            notes.append("the Hub could not be asked whether it holds states of this run, so the run starts anew")
-        return local, notes
-    if resume.is_from_hub and here > remote.newest_step:
-        raise UserError(
-            f"--resume {resume.source}: {root} has a newer checkpoint (step {here}) than {remote.repo_id} (step "
-            f"{remote.newest_step}): go on with that one (--resume auto), or set --run.output_dir to another directory"
-        )
+        reason = "the Hub could not be asked whether it holds states of this run" if view.states_problem else ""
+        return _local_only(engine, root, local, passed, reason)
     if resume.is_auto and here >= remote.newest_step:
         return local, notes
-    if not _is_of_same_run(engine, config, local, remote):
+    if not _is_of_same_run(engine, config, local, remote, passed):
         if resume.is_auto:
-            notes.append(f"the states in {remote.repo_id} are another run's, and not used")
-            return local, notes
+            reason = f"the states in {remote.repo_id} are another run's, and not used"
+            return _local_only(engine, root, local, passed, reason)
         raise UserError(
             f"--resume {resume.source}: {config.output_dir} holds another run than {remote.repo_id}, and nothing is "
             "overwritten: go on with it (--resume auto), or set --run.output_dir to another directory"
         )
+    newest_passed = max((one.step for one in passed), default=-1)
+    is_older = resume.is_auto and local is None and remote.newest_step < newest_passed
+    if is_older and _kind(engine, passed) is TrainingError:  # what may be readable later is worth waiting for
+        return _local_only(engine, root, None, passed, f"the newest state in {remote.repo_id} is older")
 
     def check(manifest: Manifest) -> None:
         check_settings(manifest, config, resume.allow_changed)
 
+    engine.on_ranks((lambda: _set_aside(passed)) if engine.is_local_main and passed else None)
     path, more = fetch(engine, remote, root, here if resume.is_auto else here - 1, check)
-    if path is None and local is None:
-        raise UserError(f"--resume {resume.source}: no state of training can be used: {'; '.join(more)}")
     if path is None:
-        return local, notes + more
+        if local is None and not passed:
+            raise UserError(f"--resume {resume.source}: no state of training can be used: {'; '.join(more)}")
+        return _local_only(engine, root, local, passed, *more)
     problem, manifest = _agreed(engine, path)
     if manifest is None:
         raise UserError(f"--resume {resume.source}: {path} cannot be used: {problem}")
     return Checkpoint(path, manifest), notes + more
 
 
-def _is_of_same_run(engine: Engine, config: RunConfig, local: Checkpoint | None, remote: RemoteStates) -> bool:
-    """Whether states of `remote` may be put into the run directory."""
+def _require_states(resume: Resume, view: HubView, root: Path, here: int) -> None:
+    """Raise `UserError` unless the Hub has states that are not older than the local checkpoint of step `here`."""
+    remote = view.states
+    if view.states_problem:
+        raise UserError(f"--resume {resume.source}: {view.states_problem}")
+    if remote is None or not remote.names:
+        raise UserError(f"--resume {resume.source}: there is no state of training on that branch")
+    if here > remote.newest_step:
+        raise UserError(
+            f"--resume {resume.source}: {root} has a newer checkpoint (step {here}) than {remote.repo_id} (step "
+            f"{remote.newest_step}): go on with that one (--resume auto), or set --run.output_dir to another directory"
+        )
+
+
+def _local_only(
+    engine: Engine, root: Path, local: Checkpoint | None, passed: list[Unusable], *reasons: str
+) -> tuple[Checkpoint | None, list[str]]:
+    """Return the local checkpoint, if there is one, and notes; `reasons` say why none of the Hub is used.
+
+    Raises `UserError` where there are local checkpoints and none can be used: a run that started over would replace
+    them. Raises `TrainingError` instead if the cause may pass.
+    """
+    notes = [*map(str, passed), *filter(None, reasons)]
+    if local is not None or not passed:
+        return local, notes
+    kind = _kind(engine, passed)
+    lines = "\n".join(f"  - {note}" for note in notes)
+    remedy = (
+        "A disk reports errors that may pass: start the same command again later"
+        if kind is TrainingError
+        else "Restore one of them from a copy, or make it readable"
+    )
+    raise kind(
+        f"--resume: {root} holds checkpoints, but none of them can be used:\n{lines}\n{remedy}. To start over, set "
+        "--run.output_dir to another directory. Nothing was overwritten"
+    )
+
+
+def _kind(engine: Engine, passed: Iterable[Unusable]) -> type[UserError]:
+    """Return the kind of error for checkpoints that cannot be used, the same on all ranks: `TrainingError` if a disk
+    reports an error that may pass."""
+    passes = engine.is_local_main and any(_read_error(one.path) in PASSING for one in passed)
+    return TrainingError if any(engine.gather(passes)) else UserError
+
+
+def _read_error(path: Path) -> int | None:
+    """Return the number of the error with which reading the files of a checkpoint fails; None if it does not."""
+    try:
+        for file in sorted(path.iterdir()):
+            with file.open("rb") as content:
+                while content.read(2**24):
+                    pass
+    except OSError as error:
+        return error.errno
+    return None
+
+
+def _set_aside(passed: Iterable[Unusable]) -> None:
+    """Rename checkpoints that cannot be used, so that none from the Hub replaces them."""
+    for one in passed:
+        with contextlib.suppress(FileNotFoundError):  # on another node, or set aside by another process
+            if one.step >= 0:
+                set_aside(one.path)
+
+
+def _is_of_same_run(
+    engine: Engine, config: RunConfig, local: Checkpoint | None, remote: RemoteStates, passed: list[Unusable]
+) -> bool:
+    """Return whether states of `remote` may be put into the run directory."""
     same = True
 
     def on_main() -> None:
         nonlocal same
-        if local is None:
+        if local is None and not passed:
             if not is_same_run(config):
                 require_free(config.output_dir)
             return
-        theirs = run_of(remote)
-        same = theirs is not None and theirs in (
-            local.manifest.run_id,
-            read_status(config.output_dir).get("run"),
-        )
+        theirs, known = run_of(remote), [read_status(config.output_dir).get("run")]
+        if local is not None:
+            known.append(local.manifest.run_id)
+        same = theirs is not None and theirs in known
 
     engine.on_main(on_main)
     return engine.broadcast(same)
 
 
-def _newest(engine: Engine, root: Path) -> tuple[Checkpoint | None, list[str]]:
-    notes: list[str] = []
+def _newest(engine: Engine, root: Path, *, with_set_aside: bool = False) -> tuple[Checkpoint | None, list[Unusable]]:
+    """Return the newest checkpoint in `root` that can be used, and the newer ones that cannot; the same on all ranks.
+
+    `with_set_aside`: where there are no others, those that were set aside earlier are among the latter. Raises
+    `UserError` if `root` cannot be read, and `TrainingError` if that may pass.
+    """
     own: list[str] = []
-    problem: str | None = None
+    aside: list[str] = []
+    failure: tuple[str, bool] | None = None
     if engine.is_local_main:
         try:
             own = step_directories(root)
+            if with_set_aside and root.is_symlink() and not root.exists():
+                raise FileNotFoundError(errno.ENOENT, f"it links to {root.readlink()}, which is not there")
+            if with_set_aside and not own and root.exists():
+                aside = [path.name for path in root.iterdir() if path.name.startswith(ASIDE)]
         except OSError as error:
-            problem = f"{root}: cannot be read: {error.strerror}"
-    answers = engine.gather((own, problem))
-    for _, text in answers:
-        if text is not None:
-            raise UserError(text)
-    names = sorted({name for found, _ in answers for name in found}, reverse=True)
-    for name in names:
+            failure = f"{root}: cannot be read: {error.strerror or error}", error.errno in PASSING
+    answers = engine.gather((own, aside, failure))
+    for _, _, problem in answers:
+        if problem is not None:
+            raise (TrainingError if problem[1] else UserError)(problem[0])
+    passed: list[Unusable] = []
+    for name in sorted({name for found, _, _ in answers for name in found}, key=manifests.step_number, reverse=True):
         problem, manifest = _agreed(engine, root / name)
         if manifest is not None:
-            return Checkpoint(root / name, manifest), notes
-        notes.append(f"{root / name} is not used: {problem}")
-    return None, notes
+            return Checkpoint(root / name, manifest), passed
+        passed.append(Unusable(root / name, problem))
+    if not passed:
+        names = sorted({name for _, found, _ in answers for name in found})
+        passed = [Unusable(root / name, "it was set aside when it could not be used") for name in names]
+    return None, passed
+
+
+def _may_be_checkpoint(path: Path) -> bool:
+    """Return whether `path` holds a manifest, or that cannot be seen."""
+    try:
+        return (path / manifests.NAME).is_file()
+    except OSError:
+        return True
 
 
 def _agreed(engine: Engine, path: Path) -> tuple[str, Manifest | None]:
-    """What is wrong with a checkpoint, or its manifest if all its files are there, on any node, and unchanged."""
+    """Return what is wrong with a checkpoint, or its manifest if all its files are there, on any node, and unchanged.
+
+    Raises `UserError` for one of a newer version.
+    """
     problem: str | None = None
     manifest: Manifest | None = None
     present: set[str] = set()
     refused: str | None = None
-    if engine.is_local_main and path.is_dir():
+    if engine.is_local_main:
         try:
-            manifest = Manifest.read(path)
-            problem = damage(path, manifest, may_be_missing=True)
-            present = {name for name in manifest.files if (path / name).is_file()}
+            if path.is_dir():
+                manifest = Manifest.read(path)
+                problem = damage(path, manifest, may_be_missing=True)
+                present = {name for name in manifest.files if (path / name).is_file()}
         except DamagedError as error:
             problem = str(error)
         except UserError as error:
             refused = str(error)
+        except OSError as error:
+            problem = f"{error.filename or path} cannot be read: {error.strerror or error}"
     answers = engine.gather((problem, manifest, present, refused))
     for _, _, _, text in answers:
         if text is not None:

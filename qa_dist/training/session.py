@@ -138,8 +138,7 @@ def _session(
         engine.require_same(engine.description, "engine and precision")
         engine.on_main(lambda: run.claim(announce))
         root = config.output_dir / DIRECTORY
-        if resume.is_in_place and engine.is_local_main:
-            recover(root)
+        engine.on_ranks((lambda: recover(root)) if resume.is_in_place and engine.is_local_main else None)
         view = HubView()
         if trains and (config.hub.repo_id is not None or resume.is_from_hub):
             view = HubView.look(engine, config, *resume.repository)
