@@ -114,6 +114,9 @@ class Progress(Record):
     """Seconds spent in training steps, without evaluation."""
     history: list[Row] = Field(default_factory=list)
     """One row per evaluation, or per epoch where nothing is evaluated."""
+    compared_from: Count = 0
+    """Rows of the history before this one are on other validation data, or of an evaluation with other settings: scores
+    are compared from this row on."""
     exported_epoch: Count | None = None
     """The epoch whose weights were exported last, to model/ of this run directory or of that of an earlier machine."""
     exported_step: Count | None = None
@@ -128,6 +131,12 @@ class Progress(Record):
         is_whole = 0 < self.batches_done == self.batches_in_epoch
         return (self.epoch + 1, 0) if is_whole else (self.epoch, self.batches_done)
 
+    def add_row(self, row: Row) -> None:
+        """Add what was found after an epoch to the history. The first row that does not compare with those before it
+        has the entry `changed`."""
+        is_first = 0 < self.compared_from == len(self.history)
+        self.history.append(row | ({"changed": "validation"} if is_first else {}))
+
     def contradiction(self) -> str | None:
         """Return why these numbers cannot be those of one run, or None if they can."""
         rows = [(row["epoch"], row["step"]) for row in self.history]
@@ -140,6 +149,8 @@ class Progress(Record):
             return f"{self.step} steps are not {epoch_start} before the epoch and {self.batches_done} of its batches"
         if self.batches_in_epoch and self.batches_done > self.batches_in_epoch:
             return f"it has done {self.batches_done} of {self.batches_in_epoch} batches"
+        if self.compared_from > len(self.history):
+            return f"it compares scores from row {self.compared_from} on, and its history has {len(self.history)} rows"
         if self.updates > self.step:
             return f"it has made {self.updates} updates in {self.step} steps"
         if self.loss_count > self.batches_done:

@@ -190,6 +190,9 @@ def thin_out(root: Path, keep_last: int, keep_best: int, never: Collection[int] 
     """
     complete = [one for one in checkpoints(root) if one.manifest is not None]
     scored = [one for one in complete if one.manifest and one.manifest.score is not None]
+    if complete and (newest := complete[0].manifest):  # scores on other validation data say nothing about later ones
+        first = newest.progress.compared_from
+        scored = [one for one in scored if one.manifest and len(one.manifest.progress.history) > first]
     scored.sort(key=lambda one: (one.manifest.score or 0.0) if one.manifest else 0.0, reverse=True)
     kept = {one.step for one in complete[:keep_last]} | {one.step for one in scored[:keep_best]} | set(never)
     for doomed in root.glob(".step_*.gone"):  # what could not be removed before, perhaps because it was being read

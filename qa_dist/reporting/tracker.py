@@ -109,7 +109,7 @@ class Tracker:
         self.run.append_metrics({"kind": kind, "step": step, **values})
         if self._tensorboard:
             for name, value in values.items():
-                if value is not None:
+                if isinstance(value, int | float):
                     self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
             self._tensorboard.flush()
 

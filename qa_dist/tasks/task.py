@@ -84,6 +84,11 @@ class FeatureSet(ABC):
                 found.update(tensor.contiguous().numpy().data)
         return found.hexdigest()
 
+    def evaluation_digest(self) -> str:
+        """Return a digest of everything that an evaluation depends on: the features, and what their predictions are
+        compared with, wherever they come from. Reads the examples, if no one has yet."""
+        return self.digest()
+
     def summary(self) -> dict[str, str]:
         """Figures of the split for people, by their names. Reads the examples, if no one has yet."""
         return {"windows": f"{len(self):,}", "tokens: longest": f"{self.lengths.max()}"}

@@ -63,6 +63,10 @@ class Windows(FeatureSet, Generic[Item]):
     @abstractmethod
     def example_id(self, example: Item) -> str: ...
 
+    @abstractmethod
+    def expected(self, example: Item) -> tuple[str, tuple[str, ...]]:
+        """Return the example's text, and what its prediction is compared with."""
+
     @property
     def notes(self) -> list[str]:
         return self.examples().notes
@@ -73,6 +77,13 @@ class Windows(FeatureSet, Generic[Item]):
         arrays = [part for rows in self.tokens.values() for part in (rows.values, rows.offsets)]
         for array in (*arrays, *self.target_arrays()):
             found.update(np.ascontiguousarray(array).data)
+        return found.hexdigest()
+
+    def evaluation_digest(self) -> str:
+        found = hashlib.sha256(self.digest().encode())
+        for example in self.examples().items:
+            content = (self.example_id(example), *self.expected(example))
+            found.update(repr(content).encode("utf-8", "surrogatepass"))
         return found.hexdigest()
 
     def names(self, indices: npt.NDArray[np.integer]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from transformers import PretrainedConfig
 
-from qa_dist.checkpoint.manifest import SCHEMA_VERSION, Manifest
+from qa_dist.checkpoint.manifest import SCHEMA_VERSION, Launch, Manifest
 from qa_dist.checkpoint.progress import Progress
 from qa_dist.checkpoint.store import checkpoints
 from qa_dist.config import BATCHING, FREE_TO_CHANGE, RunConfig
@@ -68,6 +68,12 @@ def schema_notes(manifest: Manifest) -> list[str]:
         f"the checkpoint of step {manifest.step} was written by an earlier version of qa_dist (schema "
         f"{manifest.schema_version}), whose manifest is not protected against changes"
     ]
+
+
+def launch_notes(manifest: Manifest, launch: Launch) -> list[str]:
+    """Return notes on what of strategy, precision, processes and device has changed since the checkpoint."""
+    before, now = manifest.launch.model_dump(), launch.model_dump()
+    return [f"{key.replace('_', ' ')}: {before[key]} before, {now[key]} now" for key in now if before[key] != now[key]]
 
 
 def is_end_of_epoch(progress: Progress) -> bool:
@@ -160,3 +166,23 @@ def check_data(manifest: Manifest, digest: str, allowed: Iterable[str], beside: 
             "labels differ. Name the same files, or say that it is meant: --allow_changed data"
         )
     require_whole_epoch(manifest, ["the training data"], beside)
+
+
+def check_validation(manifest: Manifest, digest: str | None, config: RunConfig, allowed: Iterable[str]) -> bool:
+    """Return whether scores of this run compare with those found before the checkpoint: whether validation data and
+    the settings of the evaluation are the same.
+
+    `digest` is that of the validation data; None where there are none. Raises `UserError` for other validation data
+    that `allowed` does not name.
+    """
+    if manifest.validation is not None and manifest.validation != digest:
+        if {"data", "data.validation_file"}.isdisjoint(allowed):
+            what = "there are no validation data now" if digest is None else "their content has changed"
+            raise UserError(
+                f"the checkpoint of step {manifest.step} was evaluated on other validation data ({what}), so later "
+                "scores would not compare with earlier ones. Name the same data, or say that it is meant: "
+                "--allow_changed data.validation_file"
+            )
+        return False
+    changed, _ = _changes(manifest.config, config.model_dump(mode="json"))
+    return not any(key.startswith("evaluation.") and key not in FREE_TO_CHANGE for key in changed)

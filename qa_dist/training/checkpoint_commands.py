@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from qa_dist.checkpoint.progress import Progress
 from qa_dist.checkpoint.store import Found, checkpoints, verified
 from qa_dist.errors import UserError
 from qa_dist.training.export import export_checkpoint
@@ -42,6 +43,16 @@ def run(command: str, args: Sequence[str], usage: str, show: Callable[[str], Non
     return 1 if any(one.problem for one in found) else 0
 
 
+def _epoch(progress: Progress) -> str:
+    """Return the epoch of the last step that is done, and how much of the epoch is done as far as it is known."""
+    if progress.batches_done == 0:
+        return f"{progress.epoch - 1} (end)"
+    if progress.batches_done == progress.batches_in_epoch:
+        return f"{progress.epoch} (end)"
+    total = progress.batches_in_epoch
+    return f"{progress.epoch} ({progress.batches_done}/{total})" if total else str(progress.epoch)
+
+
 def _table(found: Sequence[Found], good: str) -> Table:
     """A row for each checkpoint; `good` is the state of those without a problem."""
     table = Table("checkpoint", "epoch", "score", "MB", "written by", "state")
@@ -50,6 +61,6 @@ def _table(found: Sequence[Found], good: str) -> Table:
         if manifest is not None:
             score = "" if manifest.score is None else f"{manifest.score:.3f}"
             size = sum(file.size for file in manifest.files.values()) / 1e6
-            cells = [str(manifest.epoch), score, f"{size:,.1f}", str(manifest.launch)]
+            cells = [_epoch(manifest.progress), score, f"{size:,.1f}", str(manifest.launch)]
         table.add_row(one.path.name, *cells, one.problem or good)
     return table

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from qa_dist.checkpoint.manifest import Manifest, Optimizer
 from qa_dist.checkpoint.progress import Progress
@@ -17,6 +18,15 @@ from qa_dist.training.export import write_companions
 from qa_dist.training.resume import DIRECTORY
 
 
+class Digests(NamedTuple):
+    """Digests of a run's data."""
+
+    train: str
+    """Of the training features."""
+    validation: str | None
+    """Of everything that the evaluation depends on; None where nothing is evaluated."""
+
+
 class Checkpointer:
     """Takes copies of the state and has them written."""
 
@@ -26,7 +36,7 @@ class Checkpointer:
         engine: Engine,
         run: RunDirectory,
         task: Task,
-        data_digest: str,
+        digests: Digests,
         published: Callable[[Path, Manifest], object],
     ):
         """`published`: see `CheckpointWriter`."""
@@ -34,7 +44,7 @@ class Checkpointer:
         self.engine = engine
         self.run = run
         self.task = task
-        self.data_digest = data_digest
+        self.digests = digests
         self.count, self.unit = config.checkpoint.interval
         self.copies = HostCopies(engine.rank, engine.world_size)
         self.writer = CheckpointWriter(
@@ -85,7 +95,8 @@ class Checkpointer:
             launch=self.engine.launch,
             optimizer=Optimizer(fused=bool(strategy.optimizer.param_groups[0].get("fused"))),
             config=self.config.model_dump(mode="json"),
-            data=self.data_digest,
+            data=self.digests.train,
+            validation=self.digests.validation,
             progress=progress.model_copy(deep=True),  # training goes on while it is written
             run_id=self.run.id,
             loss_scale=strategy.loss_scale_state(),

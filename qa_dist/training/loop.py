@@ -20,7 +20,7 @@ from qa_dist.reporting.run_directory import RunDirectory, StoppedError
 from qa_dist.reporting.tracker import Tracker
 from qa_dist.tasks.task import FeatureSet, Score, Task
 from qa_dist.training.batching import Indices
-from qa_dist.training.checkpointer import Checkpointer
+from qa_dist.training.checkpointer import Checkpointer, Digests
 from qa_dist.training.engine import Engine
 from qa_dist.training.evaluation import evaluate
 from qa_dist.training.export import export_model, exported_step
@@ -50,7 +50,7 @@ class Training:
     sets: dict[str, FeatureSet]
     micro_batch_size: int
     flops: FlopsPerWindow | None
-    data_digest: str
+    digests: Digests
     publisher: Publisher
     progress: Progress = field(default_factory=Progress)
 
@@ -62,7 +62,7 @@ class Training:
         settings = self.config.train
         self.step = Step(settings, self.engine, self.task, self.training_set, self.micro_batch_size, self.stop)
         published = self.publisher.offer_state
-        self.checkpointer = Checkpointer(self.config, self.engine, self.run, self.task, self.data_digest, published)
+        self.checkpointer = Checkpointer(self.config, self.engine, self.run, self.task, self.digests, published)
         self.has_model = False
         """Whether model/ here is the exported one: a run that goes on elsewhere has left it where it was."""
         self.is_warm = False
@@ -71,9 +71,9 @@ class Training:
         """What the Hub had of the model when the run went on in place."""
         self.tracker.background = lambda: self.publisher.status
 
-    def resume(self, checkpoint: Checkpoint, *, in_place: bool) -> None:
-        """Go on from `checkpoint`; `in_place` says that it is the run directory's own. Raises `UserError` for one of
-        another model."""
+    def resume(self, checkpoint: Checkpoint, *, in_place: bool, compares: bool = True) -> None:
+        """Go on from `checkpoint`; `in_place` says that it is the run directory's own, `compares` that its scores
+        compare with later ones. Raises `UserError` for one of another model."""
         # An optimizer has no state before its first step. What this one changes is overwritten.
         first = np.argsort(self.training_set.lengths, kind="stable")[: self.engine.world_size]
         collated = self.step.collate(first)
@@ -84,6 +84,8 @@ class Training:
         manifest = checkpoint.manifest
         self.progress = progress = manifest.progress.model_copy(deep=True)
         self.plan.require_place(*progress.place, where=str(checkpoint.path))
+        if not compares:
+            progress.compared_from = len(progress.history)
         self.total_steps = progress.step + max(self.plan.total - self.plan.completed(*progress.place), 0)
         stored = self.engine.broadcast(exported_step(self.run.path / "model"))
         self.has_model = stored is not None and stored == progress.exported_step
@@ -271,14 +273,16 @@ class Training:
             batch_size = self.config.evaluation.batch_size
             score = evaluate(self.engine, self.task, self.sets["validation"], batch_size, self.stop)
         row = {"epoch": epoch, "step": self.progress.step, "train_loss": train_loss}
-        self.progress.history.append(row | (score.metrics if score else {}))
+        self.progress.add_row(row | (score.metrics if score else {}))
         self.tracker.log_evaluation(self.progress.step, self.progress.history)
         return score
 
     def _is_best(self) -> bool:
-        """Whether the last epoch is the first, or better than all before; without evaluation the newest is."""
+        """Return whether the last epoch is the first, or better than all before that compare with it; without
+        evaluation the newest is."""
         metric = self.task.best_metric
-        figures = [row.get(metric, math.inf) for row in self.progress.history if row["epoch"] > 0]
+        rows = self.progress.history[self.progress.compared_from :]
+        figures = [row.get(metric, math.inf) for row in rows if row["epoch"] > 0]
         return (
             not self.progress.exported_epoch
             or len(figures) == 1
@@ -334,6 +338,6 @@ class Training:
     def _write_metrics(self) -> None:
         """metrics.json: the figures of the exported epoch, and all epochs' history."""
         exported = next(row for row in self.progress.history if row["epoch"] == self.progress.exported_epoch)
-        content = {name: value for name, value in exported.items() if name not in ("step", "train_loss")}
+        content = {name: value for name, value in exported.items() if name not in ("step", "train_loss", "changed")}
         content |= {"history": self.progress.history, "train_seconds": self.progress.train_seconds}
         self.engine.on_main(lambda: self.run.write_json("metrics.json", content))

@@ -2,7 +2,7 @@
 
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,16 @@ from qa_dist.reporting.status import read_status
 from qa_dist.reporting.tracker import Tracker, announce, summary_table
 from qa_dist.tasks import load_task
 from qa_dist.tasks.task import FeatureSet, Task
-from qa_dist.training.changes import check_data, check_model, check_settings, is_same_run, schema_notes
+from qa_dist.training.changes import (
+    check_data,
+    check_model,
+    check_settings,
+    check_validation,
+    is_same_run,
+    launch_notes,
+    schema_notes,
+)
+from qa_dist.training.checkpointer import Digests
 from qa_dist.training.engine import Engine, is_lost_connection, is_out_of_memory
 from qa_dist.training.evaluation import evaluate
 from qa_dist.training.health import FlopsPerWindow
@@ -29,12 +38,7 @@ from qa_dist.training.micro_batch import micro_batch_size
 from qa_dist.training.models import build_model
 from qa_dist.training.preemption import StopRequest, sources_for
 from qa_dist.training.publishing import Publisher
-from qa_dist.training.resume import (
-    DIRECTORY,
-    Checkpoint,
-    Resume,
-    find,
-)
+from qa_dist.training.resume import DIRECTORY, Checkpoint, Resume, find
 from qa_dist.training.watchdog import Watchdog
 
 
@@ -46,13 +50,8 @@ def train(config: RunConfig, launch: LaunchEnvironment, resume: Resume) -> None:
     with _session(config, launch, resume, trains=True) as session:
         engine, run, checkpoint = session.engine, session.run, session.checkpoint
         parts = _load(config, session, ("train", "validation"))
-        digest = parts.sets["train"].digest()
-        if checkpoint is not None:
-            parts.tracker.say(f"going on from {checkpoint.path} (step {checkpoint.manifest.step})")
-            path, manifest = checkpoint.path, checkpoint.manifest
-            check_data(manifest, digest, resume.allow_changed, path.parent)
-            plain: Any = parts.model
-            check_model(engine, path, manifest, plain.config, config, resume.allow_changed)
+        digests = Digests(parts.sets["train"].digest(), _validation_digest(engine, parts.sets.get("validation")))
+        compares = checkpoint is None or _check(checkpoint, config, session, parts, digests, resume.allow_changed)
         size, notes = micro_batch_size(config.train, engine, parts.task, parts.model, parts.sets["train"])
         for note in notes:
             parts.tracker.say(note)
@@ -63,18 +62,61 @@ def train(config: RunConfig, launch: LaunchEnvironment, resume: Resume) -> None:
         store = engine.store if several else None
         with contextlib.closing(Publisher(config.hub, run, session.identity, store)) as publisher:
             training = Training(
-                config, engine, parts.task, run, parts.tracker, session.stop, parts.sets, size, flops, digest, publisher
+                config,
+                engine,
+                parts.task,
+                run,
+                parts.tracker,
+                session.stop,
+                parts.sets,
+                size,
+                flops,
+                digests,
+                publisher,
             )
             if checkpoint is not None:
                 engine.watchdog.phase(f"going on from {checkpoint.path}")
                 in_place = _is_in(checkpoint, config)
-                training.resume(checkpoint, in_place=in_place)
+                training.resume(checkpoint, in_place=in_place, compares=compares)
                 kept = checkpoint.manifest.metrics_bytes if in_place else 0
                 state = checkpoint.path if in_place else None
                 engine.on_main(lambda: run.go_on(to_yaml(config), kept, state))
                 if in_place:
                     training.catch_up(checkpoint, session.view)
             training.fit()
+
+
+def _check(
+    checkpoint: Checkpoint,
+    config: RunConfig,
+    session: "_Session",
+    parts: "_Parts",
+    digests: Digests,
+    allowed: Sequence[str],
+) -> bool:
+    """Return whether scores of the checkpoint compare with later ones. Raises `UserError` unless data and model are
+    those of the checkpoint, as far as they are not `allowed` to change."""
+    path, manifest = checkpoint.path, checkpoint.manifest
+    parts.tracker.say(f"going on from {path} (step {manifest.step})")
+    check_data(manifest, digests.train, allowed, path.parent)
+    compares = check_validation(manifest, digests.validation, config, allowed)
+    if not compares:
+        parts.tracker.say("changed: validation data or settings of the evaluation. Scores before are not compared")
+    plain: Any = parts.model
+    check_model(session.engine, path, manifest, plain.config, config, allowed)
+    return compares
+
+
+def _validation_digest(engine: Engine, features: FeatureSet | None) -> str | None:
+    """Return the digest of the validation data, computed once and the same on all ranks."""
+    digest: str | None = None
+
+    def compute() -> None:
+        nonlocal digest
+        digest = features.evaluation_digest() if features is not None else None
+
+    engine.on_main(compute)
+    return engine.broadcast(digest)
 
 
 def _is_in(checkpoint: Checkpoint, config: RunConfig) -> bool:
@@ -149,6 +191,7 @@ def _session(
         if checkpoint is not None:
             manifest, beside = checkpoint.manifest, checkpoint.path.parent
             changes = check_settings(manifest, config, resume.allow_changed, beside)
+            changes += launch_notes(manifest, engine.launch)
             notes += [f"changed: {note}" for note in changes]
             notes += schema_notes(manifest)
             run.step = checkpoint.manifest.step

@@ -11,6 +11,7 @@ from qa_dist.config import RunConfig
 from qa_dist.reporting.run_directory import RunDirectory
 from qa_dist.reporting.tracker import Tracker
 from qa_dist.tasks import load_task
+from qa_dist.training.checkpointer import Digests
 from qa_dist.training.engine import Engine
 from qa_dist.training.launch_environment import LaunchEnvironment
 from qa_dist.training.loop import Training
@@ -38,7 +39,17 @@ def main() -> None:
     share = config.train.global_batch_size
     publisher = Publisher(config.hub, run, None)
     training = Training(
-        config, engine, task, run, tracker, StopRequest(), {"train": features}, share, None, "", publisher
+        config,
+        engine,
+        task,
+        run,
+        tracker,
+        StopRequest(),
+        {"train": features},
+        share,
+        None,
+        Digests("", None),
+        publisher,
     )
     found = {}
     for path in paths:

@@ -1,5 +1,6 @@
 """Runs that are killed, checkpoints that are damaged, and settings that have changed in between."""
 
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -22,9 +23,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qa_dist.checkpoint.manifest import Manifest
 from qa_dist.checkpoint.store import checkpoints, thin_out
 from qa_dist.cli import main
 from qa_dist.config import TrainConfig
+from qa_dist.tasks.question_answering.task import QuestionAnswering
+from qa_dist.training.changes import launch_notes
 from qa_dist.training.schedule import learning_rate
 from tests.helpers import ROOT, TINY_BERT, Launcher, environment, jsonl, sealed, tiny_flags
 
@@ -611,3 +615,95 @@ def test_killed_at_random_moments(engine: str, launcher: Launcher, tmp_path: Pat
     ours, theirs = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("killed", "whole"))
     assert ours["history"] == theirs["history"]
     assert not [path for path in (tmp_path / "killed/checkpoints").iterdir() if path.name.startswith(".")]
+
+
+# ------------------------------------------------------------------------------------------ validation data
+
+
+def question(context: str, answer: str, number: int, *more: str) -> dict[str, Any]:
+    answers = {"text": [answer, *more], "answer_start": [context.index(text) for text in (answer, *more)]}
+    return {"id": str(number), "question": "Where is it?", "context": context, "answers": answers}
+
+
+def test_scores_on_other_validation_data_are_not_compared(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    """Whether its text or only an accepted answer has changed; the same content may lie in any file."""
+    rows = [question(f"The key number {i} is in the old box.", "the old box", i) for i in range(20)]
+    data, moved = tmp_path / "dev.json", tmp_path / "moved.json"
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    data.write_text(json.dumps(rows[:8]))
+    flags = [*FLAGS[FLAGS.index("--data.max_length") :], "--data.train_file", tmp_path / "train.json"]
+    flags += ["--train.global_batch_size", 10, "--checkpoint.every", "1 epoch", "--checkpoint.keep_last", 1]
+    flags += ["--run.export", "best", "--run.output_dir", tmp_path / "run", "--resume", "auto"]
+    scores = iter([90.0, 30.0, 20.0, 40.0, 10.0])
+
+    def score(self: Any, outputs: Any, features: Any, plain: Any = QuestionAnswering.score) -> Any:
+        found = plain(self, outputs, features)
+        return dataclasses.replace(found, metrics=found.metrics | {"f1": next(scores)})
+
+    monkeypatch.setattr(QuestionAnswering, "score", score)
+
+    def run(epochs: int, file: Path, *more: object) -> tuple[int, str, str]:
+        allowed = ",".join(["train.epochs", *map(str, more)])
+        command = ("train", *flags, "--data.validation_file", file, "--train.epochs", epochs)
+        return qa_dist(capsys, *command, "--allow_changed", allowed)
+
+    assert run(1, data)[0] == 0
+    data.rename(moved)
+    code, shown, message = run(2, moved)  # the same content
+    assert code == 0, message
+    assert "not compared" not in shown
+    moved.write_text(
+        json.dumps([question(row["context"], "the old box", i, "old box") for i, row in enumerate(rows[:8])])
+    )
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    code, _, message = run(3, moved)
+    assert code == 2
+    assert "was evaluated on other validation data" in message
+    assert "--allow_changed data.validation_file" in message
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+    code, shown, message = run(5, moved, "data.validation_file")
+    assert code == 0, message
+    assert "Scores before are not compared" in shown
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert [row.get("changed") for row in metrics["history"]] == [None, None, "validation", None, None]
+    assert (metrics["epoch"], metrics["f1"]) == (4, 40.0)  # not the 90 on the other data
+    logged = [line.get("changed") for line in jsonl(tmp_path / "run/metrics.jsonl") if line["kind"] == "evaluation"]
+    assert logged == [None, None, "validation", None, None]
+    kept = {int(path.name[-8:]) for path in (tmp_path / "run/checkpoints").iterdir()}
+    assert kept == {metrics["history"][i]["step"] for i in (3, 4)}  # the best since, and the last
+    code, _, message = qa_dist(capsys, "report", tmp_path / "run")
+    assert code == 0, message
+
+
+def test_another_launch_is_noted_and_the_list_says_where_an_epoch_ends(
+    finished: Path, whole_epochs: Path, tmp_path: Path, capsys
+):
+    manifest = Manifest.read(finished / "checkpoints/step_00000026")
+    launch = manifest.launch.model_copy(update={"strategy": "FSDP2", "precision": "bf16", "world_size": 3})
+    assert launch_notes(manifest, manifest.launch) == []
+    assert launch_notes(manifest, launch) == [
+        *("strategy: no sharding before, FSDP2 now", "precision: float32 before, bf16 now"),
+        "world size: 1 before, 3 now",
+    ]
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    step = run / "checkpoints/step_00000026"
+    (step / "manifest.json").write_text(manifest.model_copy(update={"launch": launch}).to_json())
+    code, shown, message = train(capsys, run, "--resume", "auto")
+    assert code == 0, message
+    assert "changed: world size: 3 before, 1 now" in shown
+    found = {}
+    for directory in (finished, whole_epochs):
+        code, shown, _ = qa_dist(capsys, "checkpoint", "list", directory)
+        assert code == 0
+        found |= dict(re.findall(r"step_0*(\d+) +│ ([^│]+?) +│", shown))
+    assert found == {"26": "2 (end)", "24": "2 (11/13)", "20": "2 (7/13)", "13": "1 (end)"}
+
+
+def test_a_refused_model_names_the_word_that_is_accepted(cut_off: Path, tmp_path: Path, capsys):
+    other = ("--model.config", json.dumps(json.loads(DROPOUT) | {"hidden_dropout_prob": 0.2}))
+    code, _, message = train(capsys, cut_off, "--resume", "auto", *other)
+    assert code == 2
+    (words,) = re.findall(r"--allow_changed (\S+)", message)
+    code, _, message = train(capsys, cut_off, "--resume", "auto", *other, "--allow_changed", words)
+    assert code == 0, message

@@ -303,6 +303,9 @@ class QuestionAnsweringFeatures(Windows[Example]):
     def example_id(self, example: Example) -> str:
         return example.id
 
+    def expected(self, example: Example) -> tuple[str, tuple[str, ...]]:
+        return example.context, example.answers
+
     def summary(self) -> dict[str, str]:
         examples = self.examples().items
         answers = [len(example.answers) for example in examples]

@@ -198,6 +198,9 @@ class TokenClassificationFeatures(Windows[Example]):
     def example_id(self, example: Example) -> str:
         return example.id
 
+    def expected(self, example: Example) -> tuple[str, tuple[str, ...]]:
+        return "\n".join(example.words), example.labels
+
     @property
     def notes(self) -> list[str]:
         lost = int((self.word_tokens < 0).sum())
