@@ -137,7 +137,7 @@ def resumed(run: Path, env: dict[str, str], *launch: str) -> tuple[int, str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert "Traceback" not in done.stdout
     return done.returncode, done.stdout
@@ -174,7 +174,7 @@ def test_all_ranks_end_with_the_same_code(finished: Path, tmp_path: Path, capsys
     assert "none of them can be used" in output
 
 
-def test_nodes_with_disks_of_their_own_stop_together(tmp_path: Path):
+def test_nodes_with_disks_of_their_own_stop_together(launcher: Launcher, tmp_path: Path):
     """Each node has a shard of each checkpoint; on one of them all are damaged."""
 
     def train_on_both() -> list[tuple[int, str]]:
@@ -188,8 +188,9 @@ def test_nodes_with_disks_of_their_own_stop_together(tmp_path: Path):
             settings = {"num_machines": 2, "machine_rank": rank, "main_process_ip": "127.0.0.1"}
             settings |= {"main_process_port": port, "rdzv_backend": "static"}
             program = ("-m", "qa_dist", "train", *FLAGS, "--run.output_dir", "run", "--resume", "auto")
-            nodes.append(Launcher(directory).start_in(directory, "ddp", 2, *program, **settings))
-        outputs = [node.communicate(timeout=120)[0] for node in nodes]
+            command = Launcher(directory).command("ddp", 2, *program, **settings)
+            nodes.append(launcher.start(command, directory))
+        outputs = [node.communicate(timeout=240)[0] for node in nodes]
         return [(node.returncode, output) for node, output in zip(nodes, outputs, strict=True)]
 
     assert [code for code, _ in train_on_both()] == [0, 0]
