@@ -248,7 +248,7 @@ def _memory(config: RunConfig, launch: LaunchEnvironment) -> "Table":
 def _empty_model(config: RunConfig) -> nn.Module:
     """The model without memory for its weights."""
     from qa_dist.tasks import task_class
-    from qa_dist.training.models import pretrained_config
+    from qa_dist.tasks.model_config import pretrained_config
 
     model_config = pretrained_config(config.model)
     try:

@@ -5,6 +5,7 @@ that `AutoTokenizer` loads for the family, or, where files of the Hub differ fro
 """
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,8 +15,13 @@ from transformers import (
     BertTokenizer,
     DebertaV2Tokenizer,
     DistilBertTokenizer,
+    GPT2Tokenizer,
+    GPTNeoXTokenizer,
+    LlamaTokenizer,
     PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
     RobertaTokenizer,
+    T5Tokenizer,
     XLNetTokenizer,
 )
 
@@ -50,18 +56,10 @@ def distilbert_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 def roberta_tokenizer(texts: Sequence[str], *, add_prefix_space: bool = False) -> PreTrainedTokenizerFast:
     """As RoBERTa's: byte-level, two separators between the texts, no token types."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
-    trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+    vocab, merges = _byte_level_vocab(
+        texts, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"], add_prefix_space=add_prefix_space
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    merges = [tuple(pair) for pair in model["merges"]]
-    return RobertaTokenizer(vocab=model["vocab"], merges=merges, add_prefix_space=add_prefix_space)  # pyright: ignore[reportArgumentType]
+    return RobertaTokenizer(vocab=vocab, merges=merges, add_prefix_space=add_prefix_space)
 
 
 def albert_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -97,6 +95,49 @@ def xlnet_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     return XLNetTokenizer(vocab=vocab, model_input_names=WITH_TYPES, pad_token_type_id=3)
 
 
+def gpt2_tokenizer(
+    texts: Sequence[str], make: type[PreTrainedTokenizerFast] = GPT2Tokenizer, **more: Any
+) -> PreTrainedTokenizerFast:
+    """As GPT-2's: byte-level, nothing is added to a pair, and there is no token for padding."""
+    end = "<|endoftext|>"
+    vocab, merges = _byte_level_vocab(texts, [end, "<pad>", "<s>", "</s>"])
+    return make(vocab=vocab, merges=merges, **more)
+
+
+def t5_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """As T5's: `</s>` behind each text, and neither a token that begins a sequence nor one for classification."""
+    vocab = _unigram_vocab(texts, ["<pad>", "</s>", "<unk>"], "<unk>")
+    return T5Tokenizer(vocab=vocab, extra_ids=0)
+
+
+def llama_tokenizer(texts: Sequence[str], **more: Any) -> PreTrainedTokenizerFast:
+    """As Llama's first two: `<s>` before each text, bytes for what is unknown, padding on the left."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    # a text is not cut into words, so without these no merge would end with one
+    words = [word.replace(" ", "▁") for text in texts for word in re.findall(r" ?\w+|[^\w\s]", f" {text}")]
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.train_from_iterator(words, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    return LlamaTokenizer(
+        vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], add_bos_token=True, **more
+    )
+
+
+DECODERS: dict[str, Callable[[Sequence[str]], PreTrainedTokenizerFast]] = {
+    "gpt2": gpt2_tokenizer,
+    "gpt2 with bos": lambda texts: gpt2_tokenizer(texts, bos_token="<s>", add_bos_token=True),  # OPT
+    "qwen": lambda texts: gpt2_tokenizer(texts, Qwen2Tokenizer),
+    "neox": lambda texts: gpt2_tokenizer(texts, GPTNeoXTokenizer, pad_token="<pad>"),
+    "neox with eos": lambda texts: gpt2_tokenizer(texts, GPTNeoXTokenizer, pad_token="<pad>", add_eos_token=True),
+    "t5": t5_tokenizer,
+    "llama": llama_tokenizer,
+    "llama with eos": lambda texts: llama_tokenizer(texts, add_eos_token=True),
+}
+"""Tokenizers without a classification token, most of them of models that read from left to right."""
+
 FAMILIES: dict[str, Callable[[Sequence[str]], PreTrainedTokenizerFast]] = {
     "bert": wordpiece_tokenizer,
     "bert cased": cased_tokenizer,
@@ -118,6 +159,21 @@ def _wordpiece_vocab(texts: Sequence[str], *, lower_case: bool) -> dict[str, int
     trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer.get_vocab()
+
+
+def _byte_level_vocab(texts: Sequence[str], special: list[str], *, add_prefix_space: bool = False) -> tuple[Any, Any]:
+    """Vocabulary and merges."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    return model["vocab"], [tuple(pair) for pair in model["merges"]]
 
 
 def _unigram_vocab(texts: Sequence[str], special: list[str], unknown: str) -> list[tuple[str, float]]:

@@ -13,10 +13,11 @@ from qa_dist.config_sources import Source, resolve
 from qa_dist.errors import UserError
 from qa_dist.reporting.run_name import model_directory
 from qa_dist.tasks import TASKS, load_task
+from qa_dist.tasks.model_config import pretrained_config
 from qa_dist.tasks.task import Task
 from qa_dist.tasks.tokenizer import load_tokenizer
 from qa_dist.training.export import DTYPES, exported_settings
-from qa_dist.training.models import build_model, longest_window, pretrained_config
+from qa_dist.training.models import build_model, longest_window
 
 SAFE_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 """What is fetched of a revision on the Hub: nothing that could be code."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from qa_dist.config import RunConfig
@@ -273,6 +273,11 @@ class Task(ABC):
         """Before the model is made: tell its config what the head has to be, such as the names of its labels. Raises
         `UserError` where it is a trained one that cannot be used."""
         return
+
+    def try_out(self, model: nn.Module) -> list[str]:
+        """Return remarks for the user on how a new model, on the CPU, treats the task's windows. Raises `UserError` for
+        one that cannot learn the task."""
+        return []
 
     @classmethod
     def usage(cls, repo_id: str, config: RunConfig) -> str:

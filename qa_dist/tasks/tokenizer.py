@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from qa_dist.config import ModelConfig
 from qa_dist.errors import UserError, listing
+from qa_dist.tasks.model_config import require_model, require_reachable
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -21,15 +22,17 @@ SPECIAL_TOKENS = {
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that `model` names. Raises `UserError` if there is none, or none that is fast."""
+    """Load the tokenizer that `model` names.
+
+    Raises `UserError` if there is none, or none that is fast, and if there is no model where `model.name` is set.
+    """
     name = model.tokenizer or model.name
     key = "model.tokenizer" if model.tokenizer else "model.name"
     assert name is not None
-    if looks_like_path(name) and not Path(name).is_dir():
-        raise UserError(f"{key}: {name}: there is no such directory")
-    if key == "model.name" and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        hint = f"; did you mean {Path(name) / 'model'}?" if (Path(name) / "model" / "config.json").is_file() else ""
-        raise UserError(f"model.name: {name} holds no config.json, so it is not a model directory{hint}")
+    if model.name is not None:  # a model that is missing is not reported as one without a tokenizer
+        require_model(model.name)
+    if model.tokenizer is not None:
+        require_reachable(key, name, ("tokenizer_config.json", "tokenizer.json"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # whatever files that came from elsewhere make transformers raise
@@ -47,8 +50,8 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         )
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
-            f"{key}: the tokenizer of {name!r} ({type(tokenizer).__name__}) is not a fast one, which tells what "
-            "its tokens were made of. Use a model with a tokenizer.json, or convert the tokenizer"
+            f"{key}: the tokenizer of {name!r} ({type(tokenizer).__name__}) is not a fast one, and only these report "
+            "which characters each token covers. Use a model with a tokenizer.json, or convert the tokenizer"
         )
     # Windows are cut here. What the file says of truncation and padding (sentence encoders ship 128 tokens) would
     # only stay until the first call, and so differ between processes that have encoded something and those that
@@ -56,12 +59,9 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     backend: Any = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token  # as is usual for GPT-2 and its like: attention leaves padding out
     return tokenizer
-
-
-def looks_like_path(name: str) -> bool:
-    """Whether `name` can only be meant as a directory, not as an id on the Hub."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int, model_config: dict[str, Any]) -> PreTrainedTokenizerBase:

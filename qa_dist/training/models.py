@@ -2,7 +2,6 @@
 
 import difflib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from qa_dist.config import ModelConfig, RunConfig
 from qa_dist.errors import UserError, listing
+from qa_dist.tasks.model_config import pretrained_config
 from qa_dist.tasks.task import Task
-from qa_dist.tasks.tokenizer import looks_like_path
 
 
 def build_model(config: RunConfig, task: Task, *, trained: bool = False) -> tuple[nn.Module, list[str]]:
@@ -101,24 +100,6 @@ def _new_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> P
         raise UserError(f"model.config: is not a valid {model_type!r} config: {_first_line(error)}") from None
 
 
-def pretrained_config(settings: ModelConfig) -> PretrainedConfig:
-    """The config of the model that `settings` name. Raises `UserError` where there is none."""
-    name = settings.name
-    assert name is not None
-    if looks_like_path(name):
-        if not Path(name).is_dir():
-            raise UserError(f"model.name: {name}: there is no such directory")
-        if not (Path(name) / "config.json").is_file():
-            raise UserError(f"model.name: {name}: holds no config.json, so it is not a model directory")
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=settings.trust_remote_code)
-    except Exception as error:  # whatever a config that came from elsewhere makes transformers raise
-        raise UserError(
-            f"model.name: {name!r} cannot be loaded: {_first_line(error)}. It is neither a directory here nor "
-            "reachable on the Hub; without a network, point model.name at a directory"
-        ) from None
-
-
 def _check_head(model_config: PretrainedConfig, task: Task, name: str) -> None:
     if type(model_config) in task.auto_model._model_mapping or hasattr(model_config, "auto_map"):
         return
@@ -175,7 +156,9 @@ def _try_out(model: nn.Module, task: Task, max_length: int) -> list[str]:
     unused = [name for name, weight in model.named_parameters() if weight.requires_grad and weight not in reached]
     for name in unused:
         model.get_parameter(name).requires_grad_(False)
-    return [f"not trained, as the model makes no use of them: {listing(unused)}"] if unused else []
+    del output, reached  # the graph holds as much memory as a step of training
+    notes = [f"not trained, as the model makes no use of them: {listing(unused)}"] if unused else []
+    return notes + task.try_out(model)
 
 
 def _weights_behind(outputs: Sequence[torch.Tensor]) -> set[torch.Tensor]:

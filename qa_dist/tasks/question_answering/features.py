@@ -18,12 +18,15 @@ from transformers import PreTrainedTokenizerBase
 from qa_dist.errors import UserError, listing
 from qa_dist.tasks.question_answering.characters import span_of_whole_characters
 from qa_dist.tasks.question_answering.data import Example
+from qa_dist.tasks.question_answering.layout import PairTemplate
 from qa_dist.tasks.ragged import Ragged, distinct, ranges
 from qa_dist.tasks.task import Batch
 from qa_dist.tasks.windows import Windows, cut_windows
 
 WINDOWS_PER_CHUNK = 20_000
 """Windows assembled at a time; bounds the memory that building features needs beside the result."""
+LONGEST_SPACE = 16
+"""Spaces that one token of a vocabulary may stand for."""
 CHARACTERS_PER_TEXT = 2**32
 """Offset between the character positions of two contexts when all are searched as one array."""
 
@@ -39,48 +42,6 @@ class NoRoomError(UserError):
         """Their tokens."""
         self.longest = longest
         """Tokens that a question may have."""
-
-
-@dataclass(frozen=True)
-class PairTemplate:
-    """How a tokenizer lays out a pair of texts: special tokens before, between and behind them."""
-
-    ids: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-    """Special tokens before the first text, between the two, and behind the second."""
-    types: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-    """Token types of those special tokens."""
-    text_types: tuple[int, int]
-    """Token types of the first and of the second text."""
-    question_first: bool
-    """Whether the question is the first text; families that pad on the left put the context first."""
-    cls: int
-    """Place of the classification token: from the start, or from the end when negative."""
-
-    @property
-    def num_special(self) -> int:
-        return sum(len(part) for part in self.ids)
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "PairTemplate":
-        """Read the layout off a probe."""
-        probe = tokenizer("a", "a", return_token_type_ids=True, verbose=False)
-        ids, types, sequences = probe["input_ids"], probe["token_type_ids"], probe.sequence_ids(0)
-        first = [i for i, sequence in enumerate(sequences) if sequence == 0]
-        second = [i for i, sequence in enumerate(sequences) if sequence == 1]
-        if not first or not second:
-            raise UserError(f"the tokenizer of {tokenizer.name_or_path!r} does not encode pairs of texts")
-        parts = (slice(0, first[0]), slice(first[-1] + 1, second[0]), slice(second[-1] + 1, None))
-        marker = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
-        place = ids.index(marker) if marker in ids else 0
-        a, b, c = (tuple(ids[part]) for part in parts)
-        ta, tb, tc = (tuple(types[part]) for part in parts)
-        return cls(
-            ids=(a, b, c),
-            types=(ta, tb, tc),
-            text_types=(types[first[0]], types[second[0]]),
-            question_first=tokenizer.padding_side == "right",
-            cls=place if place < first[0] else place - len(ids),
-        )
 
 
 @dataclass(frozen=True)
@@ -113,10 +74,30 @@ def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, whole_wo
         np.int64,
         count=2 * total,
     ).reshape(-1, 2)
+    _empty_spaces(texts, np.repeat(np.arange(len(texts)), lengths), values, offsets, tokenizer)
     if whole_words:
         words = [-1 if word is None else word for part in encoded.encodings or () for word in part.word_ids]
         offsets = _of_whole_words(offsets, np.array(words, dtype=np.int64), np.repeat(np.arange(len(texts)), lengths))
     return EncodedTexts(Ragged.from_lengths(values, lengths), offsets[:, 0], offsets[:, 1])
+
+
+def _empty_spaces(
+    texts: Sequence[str],
+    owner: npt.NDArray[np.int64],
+    ids: npt.NDArray[np.int32],
+    offsets: npt.NDArray[np.int64],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Change the `offsets` [tokens, 2] of tokens that are nothing but a space: to no character at all.
+
+    SentencePiece's tokenizers put a "▁" before a word. Where it stays a token of its own, its offsets are those of the
+    word's first character, which the next token holds. `owner` is each token's text.
+    """
+    spaces = tokenizer.convert_tokens_to_ids(["▁" * count for count in range(1, LONGEST_SPACE + 1)])
+    for i in np.flatnonzero(np.isin(ids, [token for token in spaces if token not in (None, tokenizer.unk_token_id)])):
+        text = texts[owner[i]][offsets[i, 0] : offsets[i, 1]]
+        if not text.isspace() and "▁" not in text:
+            offsets[i, 1] = offsets[i, 0]
 
 
 def _of_whole_words(
@@ -141,19 +122,24 @@ def build_features(
     max_length: int,
     stride: int,
     whole_words: bool = False,
+    causal: bool = False,
 ) -> pa.Table:
     """One row per window of every example, in order.
 
+    `causal`: whether the model's tokens see only those before them, which decides the layout (`PairTemplate.of`).
+
     Columns: `example` (position in `examples`), `input_ids` and, where the model reads them, `token_type_ids`
     (without padding), `context_begin` and `context_end` (the window's context tokens, as positions in
-    `input_ids`), `cls` (position of the classification token), `start_position` and `end_position` (first and
-    last token of the answer; both `cls` where the window does not hold it whole), `char_starts` and `char_ends`
-    (characters of each context token, in the context; with `whole_words` those of the token's word).
+    `input_ids`), `cls` (position of the token that stands for "no answer": the classification token, or the last one),
+    `start_position` and `end_position` (first and last token of the answer; both `cls` where the window does not hold
+    it whole), `char_starts` and `char_ends` (characters of each context token, in the context; with `whole_words` those
+    of the token's word).
 
     Raises `NoRoomError` when a question leaves no room for its context.
     """
-    template = PairTemplate.of(tokenizer)
-    question_rows, questions = distinct([example.question for example in examples])
+    template = PairTemplate.of(tokenizer, causal=causal)
+    # blanks before a question are no part of it: some tokenizers would make tokens of them
+    question_rows, questions = distinct([example.question.lstrip() for example in examples])
     context_rows, contexts = distinct([example.context for example in examples])
     encoded_questions = encode(questions, tokenizer)
     encoded_contexts = encode(contexts, tokenizer, whole_words=whole_words)
@@ -176,7 +162,7 @@ def build_features(
         ids, types, context_begin = _assemble(
             template, encoded_questions.ids, question, encoded_contexts.ids, source, size
         )
-        cls = np.where(template.cls < 0, ids.lengths + template.cls, template.cls)
+        cls = template.no_answer + (ids.lengths if template.no_answer < 0 else np.zeros_like(ids.lengths))
         shift = context_begin - begin[chunk]
         tokens = ranges(source, size)
         columns = {
@@ -244,7 +230,38 @@ def _answer_tokens(
     first = np.searchsorted(ends, spans[:, 0] + own, side="right") - offset
     last = np.searchsorted(starts, spans[:, 1] + own, side="left") - 1 - offset
     nothing = (spans[:, 0] < 0) | (last < first) | (first >= lengths[context_rows])
-    return np.where(nothing, -1, first), np.where(nothing, -1, last)
+    first, last = np.where(nothing, -1, first), np.where(nothing, -1, last)
+    _leave_out_shared(examples, spans, first, last, contexts, offset)
+    return first, last
+
+
+def _leave_out_shared(
+    examples: Sequence[Example],
+    spans: npt.NDArray[np.int64],
+    first: npt.NDArray[np.int64],
+    last: npt.NDArray[np.int64],
+    contexts: EncodedTexts,
+    offset: npt.NDArray[np.int64],
+) -> None:
+    """Move `first` and `last` off tokens that the answer shares with a letter beside it, where it begins or ends within
+    another token all the same.
+
+    A token of a byte-level tokenizer may hold the last bytes of one letter and the first of the next; the next token
+    then holds the rest of that letter. `offset` is where each example's context begins among the tokens. Shapes:
+    `spans` [num_examples, 2], the others [num_examples].
+    """
+    known = np.flatnonzero((first >= 0) & (first < last))
+    at_first, at_last = (offset + first)[known], (offset + last)[known]
+    begin, end = spans[known].T
+    early = (contexts.starts[at_first] < begin) & (contexts.starts[at_first + 1] == begin)
+    late = (contexts.ends[at_last] > end) & (contexts.ends[at_last - 1] == end)
+    for places, token, step, kept in ((early, at_first, 1, first), (late, at_last, -1, last)):
+        for k in np.flatnonzero(places).tolist():
+            i, one, other = known[k], token[k], token[k] + step
+            beside = slice(contexts.starts[one], begin[k]) if step > 0 else slice(end[k], contexts.ends[one])
+            is_letter = bool(examples[i].context[beside].strip())  # not the space that a token begins with
+            if is_letter and contexts.starts[other] < contexts.ends[other] and first[i] < last[i]:
+                kept[i] += step
 
 
 def _assemble(

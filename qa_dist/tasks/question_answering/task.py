@@ -10,15 +10,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForQuestionAnswering
 
 from qa_dist.config import RunConfig
-from qa_dist.tasks.question_answering import characters, data, features, synthetic
+from qa_dist.tasks.model_config import is_causal
+from qa_dist.tasks.question_answering import characters, data, features, layout, synthetic, trial
 from qa_dist.tasks.question_answering import review as reviewing
 from qa_dist.tasks.question_answering.answers import Texts, find_answers
 from qa_dist.tasks.question_answering.decoding import candidates
 from qa_dist.tasks.question_answering.features import QuestionAnsweringFeatures
+from qa_dist.tasks.question_answering.layout import PairTemplate
 from qa_dist.tasks.question_answering.metric import best_threshold, score_each, score_predictions
 from qa_dist.tasks.question_answering.splits import Split
 from qa_dist.tasks.task import Batch, CardWords, FeatureSet, Review, Score, Task
@@ -58,11 +60,15 @@ class QuestionAnswering(Task):
         self.train_examples = Split(config.data, "train")
         self.validation_examples = Split(config.data, "validation")
         self.unlabelled_examples = Split(config.data, "unlabelled")
+        self.causal = is_causal(config.model)
+        """Whether the model's tokens see only those before them."""
         if config.model.name or config.model.tokenizer:
             self.tokenizer = load_tokenizer(config.model)
         else:
             texts = synthetic.texts(self.train_examples.loaded.items)
             self.tokenizer = train_tokenizer(texts, config.model.vocab_size, config.model.config or {})
+        if self.causal:  # the question comes first, and padding that no token sees changes no position
+            self.tokenizer.padding_side = "right"
 
     @classmethod
     def usage(cls, repo_id: str, config: RunConfig) -> str:
@@ -76,6 +82,7 @@ class QuestionAnswering(Task):
             stored=STORED.format(threshold) if v2 else "",
             what=', or "" for none' if v2 else "",
             no_answer=NO_ANSWER if v2 else "",
+            where=WHERE_NO_ANSWER if v2 else "",
         )
 
     def features(self, split: str) -> FeatureSet | None:
@@ -86,11 +93,11 @@ class QuestionAnswering(Task):
         settings = self.config.data
 
         def build() -> Any:
-            return features.build_features(
-                source.loaded.items, self.tokenizer, max_length=settings.max_length, stride=settings.stride
-            )
+            return self._table(source.loaded.items)
 
-        table, key = cached_windows(source, self.tokenizer, settings, (characters, features), build)
+        template = PairTemplate.of(self.tokenizer, causal=self.causal)
+        modules = (characters, features, layout)
+        table, key = cached_windows(source, self.tokenizer, settings, modules, build, template)
         return self._features(table, key, lambda: source.loaded, labelled=source.is_labelled)
 
     def windows(self, examples: list[data.Example], *, whole_words: bool = False) -> QuestionAnsweringFeatures:
@@ -98,9 +105,12 @@ class QuestionAnswering(Task):
 
         Raises `NoRoomError` when a question leaves no room for its context.
         """
+        table = self._table(examples, whole_words=whole_words).combine_chunks()
+        return self._features(table, "", lambda: data.Examples(examples), labelled=False)
+
+    def _table(self, examples: list[data.Example], *, whole_words: bool = False) -> pa.Table:
         sizes = {"max_length": self.config.data.max_length, "stride": self.config.data.stride}
-        table = features.build_features(examples, self.tokenizer, **sizes, whole_words=whole_words)
-        return self._features(table.combine_chunks(), "", lambda: data.Examples(examples), labelled=False)
+        return features.build_features(examples, self.tokenizer, **sizes, whole_words=whole_words, causal=self.causal)
 
     def _features(
         self, table: pa.Table, key: str, examples: Callable[[], data.Examples[data.Example]], *, labelled: bool
@@ -109,6 +119,10 @@ class QuestionAnswering(Task):
         return QuestionAnsweringFeatures(
             table, key, padding, examples, side, self.config.data.max_length, labelled=labelled
         )
+
+    def try_out(self, model: nn.Module) -> list[str]:
+        template = PairTemplate.of(self.tokenizer, causal=self.causal)
+        return trial.try_out(model, self.tokenizer, template, self.config.data.max_length)
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """Mean of the cross-entropies of the start and of the end position."""
@@ -175,7 +189,7 @@ print(answerer("Where was Ada born?", "Ada was born in London and studied in Par
 These are the answers that the evaluation above scored$stored. `decoding="pipeline"` gives the answers and scores of the
 question answering pipeline that transformers 5 removed, which may be others.
 
-With transformers alone, the answers that the evaluation scored:
+With transformers alone, the answers that the evaluation scored$where:
 
 ```python
 import torch
@@ -217,6 +231,9 @@ print(answer("Where was Ada born?", "Ada was born in London and studied in Paris
 ```''')
 STORED = """, but for the threshold of "no answer": the stored one, which gave the highest F1, is used
 (`no_answer_threshold={}` is the evaluation's)"""
+WHERE_NO_ANSWER = """; for models whose windows hold a classification token, which stands for "no answer". In those of
+models that read from left to right, and of tokenizers without such a token, the last token does: ask these
+with qa_dist"""
 NO_ANSWER = """\
     cls = (windows["input_ids"] == tokenizer.cls_token_id).int().argmax(dim=1, keepdim=True)
     no_answer = output.start_logits.float().gather(1, cls) + output.end_logits.float().gather(1, cls)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification, PretrainedConfig
 
 from qa_dist.config import RunConfig
@@ -34,6 +34,7 @@ from qa_dist.tasks.token_classification.metric import score_labels
 from qa_dist.tasks.token_classification.scheme import entities_of, types_of
 from qa_dist.tasks.token_classification.splits import Split
 from qa_dist.tasks.tokenizer import load_tokenizer, train_tokenizer
+from qa_dist.tasks.trial import TRIAL_TOKENS, padding_notes, trial_tokens
 from qa_dist.tasks.windows import cached_windows, padding_of
 
 
@@ -151,6 +152,15 @@ class TokenClassification(Task):
     ) -> TokenClassificationFeatures:
         side, longest = self.tokenizer.padding_side, self.config.data.max_length
         return TokenClassificationFeatures(table, key, padding_of(self.tokenizer), examples, side, longest, labelled)
+
+    def try_out(self, model: nn.Module) -> list[str]:
+        template = features.TextTemplate.of(self.tokenizer)
+        max_length = self.config.data.max_length
+        size = min(TRIAL_TOKENS, 2 * max_length // 3) - template.num_special
+        if size < 1:
+            return []
+        text = [(token, template.text_type) for token in trial_tokens(self.tokenizer, size)]
+        return padding_notes(model, self.tokenizer, [*template.before, *text, *template.behind], max_length)
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """Mean of the cross-entropies of the window's words; 0 where no word begins in it.
