@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, get_session, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
@@ -91,7 +92,7 @@ def is_causal(settings: ModelConfig) -> bool:
     """
     if settings.name is not None:
         return reads_left_to_right(pretrained_config(settings))
-    values = dict(settings.config or {})
+    values: dict[str, Any] = dict(settings.config or {})
     try:
         return reads_left_to_right(AutoConfig.for_model(values.pop("model_type", None), **values))
     except Exception:  # each config class validates its values in its own way

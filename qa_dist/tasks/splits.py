@@ -118,23 +118,28 @@ class ExampleSplit(ABC, Generic[Item]):
         return fingerprint(self.dataset._fingerprint, *settings, *code)
 
     @cached_property
-    def loaded(self) -> Examples[Item]:
-        """The examples, checked. Raises `UserError` for what cannot be read or used."""
+    def whole(self) -> Examples[Item]:
+        """All examples, checked, however many of them are asked for. Raises `UserError` for what cannot be read."""
         config = self.config
         if config.synthetic is not None:
-            examples = Examples(self.generate(config.synthetic, "train" if self.is_training else "validation"))
-        else:
-            records = self._records()
-            if self._is_cut:
-                texts = [self.text_of(record) for record in records]
-                held_out = held_out_texts(texts, config.validation_share)
-                records = [r for r, text in zip(records, texts, strict=True) if (text in held_out) != self.is_training]
-            examples = self.check(records, self.description)
-        if self._limit is not None:
-            if self._limit > len(examples.items):
-                examples.notes.append(f"{self._limit:,} examples were asked for, there are {len(examples.items):,}")
-            examples.items = examples.items[: self._limit]
-        return examples
+            return Examples(self.generate(config.synthetic, "train" if self.is_training else "validation"))
+        records = self._records()
+        if self._is_cut:
+            texts = [self.text_of(record) for record in records]
+            held_out = held_out_texts(texts, config.validation_share)
+            records = [r for r, text in zip(records, texts, strict=True) if (text in held_out) != self.is_training]
+        return self.check(records, self.description)
+
+    @cached_property
+    def loaded(self) -> Examples[Item]:
+        """The examples that are asked for, checked. Raises `UserError` for what cannot be read or used."""
+        examples = self.whole
+        if self._limit is None:
+            return examples
+        notes = list(examples.notes)
+        if self._limit > len(examples.items):
+            notes.append(f"{self._limit:,} examples were asked for, there are {len(examples.items):,}")
+        return Examples(examples.items[: self._limit], notes)
 
     @property
     def notes(self) -> list[str]:

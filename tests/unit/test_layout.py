@@ -101,7 +101,7 @@ def with_pair(pair: str | None, **special: str | None) -> PreTrainedTokenizerFas
     ],
 )
 def test_whatever_a_post_processor_gives(pair: str | None, special: dict[str, str], expected: str, causal: str):
-    tokenizer = with_pair(pair, **special)
+    tokenizer: Any = with_pair(pair, **special)
     texts = {tokenizer.convert_tokens_to_ids("a"): "Q", tokenizer.convert_tokens_to_ids("e"): "C"}
     for is_causal, layout in ((False, expected), (True, causal)):
         example = Example("x", "a", "e", (), ())

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -131,15 +132,42 @@ def test_evaluation_takes_the_heads_labels_and_reads_no_training_data(tmp_path: 
     assert features.collate(torch.arange(1).numpy()).targets["label"].max() == 5
 
 
-def test_labels_of_the_validation_data_that_are_not_known_are_named(tmp_path: Path):
-    config = run_config(tmp_path, None, validation="Ada B-PER\n\nX B-X\nY I-X\n\nZ B-X\n")
-    with pytest.raises(UserError) as error:
-        TokenClassification(config).features("validation")
+def test_labels_that_training_lacks_count_as_missed(tmp_path: Path):
+    config = run_config(tmp_path, None, validation="Ada B-PER\nX B-X\n\nY I-X\n\nZ B-X\n")
+    task = TokenClassification(config)
+    features: Any = task.features("validation")
     dev = tmp_path / "dev.conll"
-    assert "the validation examples: there are labels that are not among" in str(error.value)
-    assert f"'B-X' ({dev}:3, {dev}:6); 'I-X' ({dev}:4)" in str(error.value)
+    assert task.labels == tuple(LABELS)
+    assert (
+        "the model does not know these labels, so their entities count as missed: "
+        f"'B-X' ({dev}:2, {dev}:6); 'I-X' ({dev}:4)" in features.notes
+    )
+    batch = features.collate(torch.arange(3).numpy())
+    assert sorted(batch.targets["label"].unique().tolist()) == [-100, LABELS.index("B-PER")]
+    output = SimpleNamespace(logits=torch.full((*batch.targets["label"].shape, 5), -9.0))
+    output.logits[0, :, LABELS.index("B-PER")] = 9.0  # the other sentences: O, as all are equal
+    outputs = task.outputs(output, batch)
+    rows = [[name[i, : features.lengths[i]] for i in range(3)] for name in outputs.values()]
+    joined = {name: torch.cat(parts).numpy() for name, parts in zip(outputs, rows, strict=True)}
+    metrics = task.score(joined, features).metrics
+    assert metrics["X_number"] == 3 and metrics["X_recall"] == 0 and metrics["recall"] == 25.0
+    assert torch.isfinite(task.loss(output, batch)).all()
     fewer = run_config(tmp_path, None, validation="Ada B-PER\n")  # labels that only the training data have are fine
     assert TokenClassification(fewer).features("validation") is not None
+
+
+def test_a_label_of_the_training_data_that_is_not_given_is_an_error(tmp_path: Path):
+    config = run_config(tmp_path, None, labels=("O", "B-PER", "I-PER"))
+    with pytest.raises(UserError, match=r"the training examples: there are labels .* 'B-LOC' .*train.conll:4"):
+        TokenClassification(config).features("train")
+
+
+def test_fewer_training_examples_have_the_labels_of_all(tmp_path: Path):
+    config = run_config(tmp_path, None, max_train_samples=1)
+    (tmp_path / "train.conll").write_text("Bo B-PER\n\nNew B-LOC\nYork I-LOC\nX I-PER\n")
+    task = TokenClassification(config)
+    features: Any = task.features("train")
+    assert task.labels == tuple(LABELS) and len(features) == 1 == len(features.examples().items)
 
 
 def test_the_number_of_labels_in_a_new_models_config_has_to_be_theirs(tmp_path: Path):

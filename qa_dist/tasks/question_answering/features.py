@@ -93,11 +93,12 @@ def _empty_spaces(
     SentencePiece's tokenizers put a "▁" before a word. Where it stays a token of its own, its offsets are those of the
     word's first character, which the next token holds. `owner` is each token's text.
     """
-    spaces = tokenizer.convert_tokens_to_ids(["▁" * count for count in range(1, LONGEST_SPACE + 1)])
+    spaces: Any = tokenizer.convert_tokens_to_ids(["▁" * count for count in range(1, LONGEST_SPACE + 1)])
     for i in np.flatnonzero(np.isin(ids, [token for token in spaces if token not in (None, tokenizer.unk_token_id)])):
-        text = texts[owner[i]][offsets[i, 0] : offsets[i, 1]]
+        start, end = offsets[i].tolist()
+        text = texts[int(owner[i])][start:end]
         if not text.isspace() and "▁" not in text:
-            offsets[i, 1] = offsets[i, 0]
+            offsets[i, 1] = start
 
 
 def _of_whole_words(

@@ -41,7 +41,7 @@ class PairTemplate:
 
         Raises `UserError` for a tokenizer that does not encode pairs, or has no special token to put at the end.
         """
-        flags = {"return_token_type_ids": True, "return_special_tokens_mask": True}
+        flags: Any = {"return_token_type_ids": True, "return_special_tokens_mask": True}
         probe = tokenizer("a", "a", **flags, verbose=False)
         tokens, owners = list(zip(probe["input_ids"], probe["token_type_ids"], strict=True)), probe.sequence_ids(0)
         first, second = sorted([i for i, owner in enumerate(owners) if owner == text] for text in (0, 1))

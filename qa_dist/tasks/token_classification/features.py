@@ -87,6 +87,7 @@ def build_features(
     *,
     max_length: int,
     stride: int,
+    lenient: bool = False,
 ) -> pa.Table:
     """One row per window of every example, in order; neighbouring windows share `stride` tokens.
 
@@ -95,7 +96,8 @@ def build_features(
     (its place in `labels`; `IGNORED` for other tokens, or without `labels`), `begin` and `end` (the window's own
     tokens, without special ones, as positions in `input_ids`).
 
-    Raises `UserError` for labels of examples that are not among `labels`, and for windows that hold nothing.
+    Raises `UserError` for labels of examples that are not among `labels`, unless `lenient`: then their words are
+    `IGNORED`. Raises it for windows that hold nothing, too.
     """
     template = TextTemplate.of(tokenizer)
     room = max_length - template.num_special
@@ -104,7 +106,7 @@ def build_features(
             f"data.max_length: {max_length} leaves no room beside the {template.num_special} special tokens of a "
             "window; raise it"
         )
-    offsets, ids, word, label = _tokens(examples, tokenizer, labels)
+    offsets, ids, word, label = _tokens(examples, tokenizer, labels, lenient)
     lengths = np.diff(offsets)
     if room <= stride and (lengths > room).any():
         raise UserError(
@@ -143,7 +145,7 @@ def build_features(
 
 
 def _tokens(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None, lenient: bool
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int16]]:
     """The tokens of all examples in a row: where those of each example begin, [examples + 1]; ids, words and labels as
     in the columns of `build_features`, [tokens]."""
@@ -158,33 +160,40 @@ def _tokens(
     word, label = np.full(len(ids), -1, dtype=np.int32), np.full(len(ids), IGNORED, dtype=np.int16)
     word[begins] = ranges(np.zeros(len(examples), dtype=np.int64), counts)[has_any]
     if labels is not None:
-        label[begins] = _label_ids(examples, labels)[has_any]
+        label[begins] = _label_ids(examples, labels, lenient)[has_any]
     return borders[np.concatenate([[0], np.cumsum(counts)])], ids, word, label
 
 
-def _label_ids(examples: Sequence[Example], labels: Sequence[str]) -> npt.NDArray[np.int16]:
-    """Of all words of all examples. Raises `UserError` for labels that are not among `labels`."""
+def _label_ids(examples: Sequence[Example], labels: Sequence[str], lenient: bool) -> npt.NDArray[np.int16]:
+    """Return the labels of all words of all examples. Raises `UserError` for those that are not among `labels`, unless
+    `lenient`: they are `IGNORED`."""
     places = {label: i for i, label in enumerate(labels)}
-    strangers: dict[str, list[str]] = {}
-    for example in examples:
-        for label in set(example.labels).difference(places):
-            strangers.setdefault(label, []).append(example.where(example.labels.index(label)))
-    if strangers:
-        found = "; ".join(f"{label!r} ({listing(where, limit=2)})" for label, where in sorted(strangers.items()))
+    if not lenient and (found := unknown_labels(examples, labels)):
         raise UserError(
             f"there are labels that are not among those to be told apart: {found}. Those are "
-            f"{listing(labels, limit=30)}: of the trained model, of data.labels, or of the training examples. Mend the "
-            "tags; to train, name all labels with data.labels; to score a model on types that it does not know, use "
-            "qa-dist predict and, on what it leaves, qa-dist score"
+            f"{listing(labels, limit=30)}: of the trained model, of data.labels, or of the training examples. Correct "
+            "the tags, or name all labels with data.labels"
         )
-    return np.array([places[label] for example in examples for label in example.labels], dtype=np.int16)
+    return np.array([places.get(label, IGNORED) for example in examples for label in example.labels], dtype=np.int16)
+
+
+def unknown_labels(examples: Sequence[Example], labels: Sequence[str]) -> str:
+    """Return, for a message, the labels of `examples` that are not among `labels`, and where they are; "" for none."""
+    known = set(labels)
+    strangers: dict[str, list[str]] = {}
+    for example in examples:
+        for label in set(example.labels).difference(known):
+            strangers.setdefault(label, []).append(example.where(example.labels.index(label)))
+    return "; ".join(f"{label!r} ({listing(where, limit=2)})" for label, where in sorted(strangers.items()))
 
 
 class TokenClassificationFeatures(Windows[Example]):
     """Windows with the labels of their words, ready to be collated."""
 
-    def __init__(self, columns: pa.Table, *args: Any, **kwargs: Any):
-        """`columns` are those of `build_features`; the other arguments those of `Windows`."""
+    def __init__(self, columns: pa.Table, *args: Any, labels: Sequence[str] | None = None, **kwargs: Any):
+        """`columns` are those of `build_features`; `labels` those that a model tells apart, None where they do not
+        matter; the other arguments those of `Windows`."""
+        self.known_labels = labels
         super().__init__(columns, *args, **kwargs)
         self.word = Ragged.from_arrow(columns.column("word"))
         """Position of the word that begins with each token, or -1."""
@@ -204,8 +213,12 @@ class TokenClassificationFeatures(Windows[Example]):
     @property
     def notes(self) -> list[str]:
         lost = int((self.word_tokens < 0).sum())
-        notes = super().notes
-        return [*notes, f"{lost:,} words have no token, so no entity is found in them"] if lost else notes
+        notes = [*super().notes]
+        if lost:
+            notes.append(f"{lost:,} words have no token, so no entity is found in them")
+        if self.known_labels and (found := unknown_labels(self.examples().items, self.known_labels)):
+            notes.append(f"the model does not know these labels, so their entities count as missed: {found}")
+        return notes
 
     def word_counts(self) -> npt.NDArray[np.int64]:
         """Words of each example."""

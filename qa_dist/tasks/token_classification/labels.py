@@ -31,17 +31,18 @@ def given_labels(config: DataConfig) -> tuple[str, ...]:
 
 
 def found_labels(source: Split, cache_dir: Path | None) -> tuple[str, ...]:
-    """Those of `source`: named by its data set, or found in the examples, and then kept in the cache. Names that are
-    no labels, such as that of padding, are not among them; if a word has one, reading the examples tells.
+    """Return the labels of `source`: named by its data set, or found in all of its examples, however many of them are
+    asked for, and then kept in the cache. Names that are no labels, such as that of padding, are not among them; if a
+    word has one, reading the examples reports it.
 
     Raises `UserError` where there is but `O`.
     """
     if named := [name for name in source.names if is_label(name)]:
         return tuple(dict.fromkeys(named if OUTSIDE in named else [OUTSIDE, *named]))
-    key = fingerprint("labels", source.fingerprint, Path(inspect.getfile(scheme)))
+    key = fingerprint("labels of all", source.fingerprint, Path(inspect.getfile(scheme)))
 
     def build() -> pa.Table:
-        return pa.table({"label": in_order(label for example in source.loaded.items for label in example.labels)})
+        return pa.table({"label": in_order(label for example in source.whole.items for label in example.labels)})
 
     found = tuple(cached_table(cache_dir, key, build).column("label").to_pylist())
     if found == (OUTSIDE,):

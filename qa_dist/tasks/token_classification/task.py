@@ -2,7 +2,7 @@
 
 import string
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -131,27 +131,35 @@ class TokenClassification(Task):
         labels = self.labels if source.is_labelled else None
 
         def build() -> Any:
-            sizes = {"max_length": settings.max_length, "stride": settings.stride}
+            sizes: Any = {"max_length": settings.max_length, "stride": settings.stride}
             examples = source.loaded.items
+            lenient = not source.is_training  # what a model cannot find counts as missed
             try:
-                return features.build_features(examples, self.tokenizer, labels, **sizes)
+                return features.build_features(examples, self.tokenizer, labels, lenient=lenient, **sizes)
             except UserError as error:
                 raise UserError(f"{source.description}: {error}") from None
 
         table, key = cached_windows(source, self.tokenizer, settings, (features, scheme), build, labels)
-        return self._features(table, key, lambda: source.loaded, labelled=source.is_labelled)
+        return self._features(table, key, lambda: source.loaded, labels, labelled=source.is_labelled)
 
     def windows(self, examples: list[Example]) -> TokenClassificationFeatures:
         """Those of `examples`, in memory and without labels."""
         sizes = {"max_length": self.config.data.max_length, "stride": self.config.data.stride}
         table = features.build_features(examples, self.tokenizer, None, **sizes).combine_chunks()
-        return self._features(table, "", lambda: Examples(examples), labelled=False)
+        return self._features(table, "", lambda: Examples(examples), None, labelled=False)
 
     def _features(
-        self, table: pa.Table, key: str, examples: Callable[[], Examples[Example]], *, labelled: bool
+        self,
+        table: pa.Table,
+        key: str,
+        examples: Callable[[], Examples[Example]],
+        labels: Sequence[str] | None,
+        *,
+        labelled: bool,
     ) -> TokenClassificationFeatures:
         side, longest = self.tokenizer.padding_side, self.config.data.max_length
-        return TokenClassificationFeatures(table, key, padding_of(self.tokenizer), examples, side, longest, labelled)
+        padding = padding_of(self.tokenizer)
+        return TokenClassificationFeatures(table, key, padding, examples, side, longest, labelled, labels=labels)
 
     def try_out(self, model: nn.Module) -> list[str]:
         template = features.TextTemplate.of(self.tokenizer)
