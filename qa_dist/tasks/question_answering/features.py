@@ -6,7 +6,7 @@ id and offset for offset.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -74,31 +74,28 @@ def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, whole_wo
         np.int64,
         count=2 * total,
     ).reshape(-1, 2)
-    _empty_spaces(texts, np.repeat(np.arange(len(texts)), lengths), values, offsets, tokenizer)
     if whole_words:
         words = [-1 if word is None else word for part in encoded.encodings or () for word in part.word_ids]
         offsets = _of_whole_words(offsets, np.array(words, dtype=np.int64), np.repeat(np.arange(len(texts)), lengths))
     return EncodedTexts(Ragged.from_lengths(values, lengths), offsets[:, 0], offsets[:, 1])
 
 
-def _empty_spaces(
-    texts: Sequence[str],
-    owner: npt.NDArray[np.int64],
-    ids: npt.NDArray[np.int32],
-    offsets: npt.NDArray[np.int64],
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    """Change the `offsets` [tokens, 2] of tokens that are nothing but a space: to no character at all.
+def _without_spaces(texts: Sequence[str], encoded: EncodedTexts, tokenizer: PreTrainedTokenizerBase) -> EncodedTexts:
+    """Return `encoded` with tokens that are nothing but a space holding no character.
 
     SentencePiece's tokenizers put a "▁" before a word. Where it stays a token of its own, its offsets are those of the
-    word's first character, which the next token holds. `owner` is each token's text.
+    word's first character, which the next token holds.
     """
     spaces: Any = tokenizer.convert_tokens_to_ids(["▁" * count for count in range(1, LONGEST_SPACE + 1)])
-    for i in np.flatnonzero(np.isin(ids, [token for token in spaces if token not in (None, tokenizer.unk_token_id)])):
-        start, end = offsets[i].tolist()
-        text = texts[int(owner[i])][start:end]
+    spaces = [token for token in spaces if token not in (None, tokenizer.unk_token_id)]
+    ends = encoded.ends.copy()
+    places = np.flatnonzero(np.isin(encoded.ids.values, spaces))
+    owners = np.searchsorted(encoded.ids.offsets, places, side="right") - 1
+    for place, owner in zip(places.tolist(), owners.tolist(), strict=True):
+        text = texts[owner][int(encoded.starts[place]) : int(ends[place])]
         if not text.isspace() and "▁" not in text:
-            offsets[i, 1] = start
+            ends[place] = encoded.starts[place]
+    return replace(encoded, ends=ends)
 
 
 def _of_whole_words(
@@ -151,7 +148,7 @@ def build_features(
     _require_room(examples, question_lengths, (room < 1) | (is_cut & (room <= stride)), max_length, stride, template)
 
     owner, begin, end = cut_windows(context_lengths, room, stride)
-    first, last = _answer_tokens(examples, context_rows, encoded_contexts)
+    first, last = _answer_tokens(examples, context_rows, _without_spaces(contexts, encoded_contexts, tokenizer))
     held = (first[owner] >= begin) & (last[owner] < end)
 
     with_types = "token_type_ids" in tokenizer.model_input_names
