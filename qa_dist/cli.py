@@ -1,5 +1,6 @@
 """The command line: `qa-dist COMMAND …`, or `accelerate launch … -m qa_dist COMMAND …` on many processes."""
 
+import contextlib
 import io
 import json
 import os
@@ -7,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ import tyro
 from qa_dist import __version__, checks, scoring
 from qa_dist.config import RunConfig
 from qa_dist.config_sources import Problem, Source, from_flags, from_yaml, leaves, reference, resolve, to_yaml
-from qa_dist.errors import UserError
+from qa_dist.errors import TrainingError, UserError
 from qa_dist.launch_directory import LaunchDirectory, conclude
 from qa_dist.reporting.run_name import default_name, model_directory
 
@@ -248,7 +249,8 @@ def _run(command: str, sources: list[Source], options: dict[str, str | None]) ->
     config = resolve(sources, to_check)
     try:
         if command == "train":
-            session.train(config, launch, resume)
+            with _resumable(launch, config.output_dir):
+                session.train(config, launch, resume)
         else:
             session.evaluate_only(config, launch, "unlabelled" if command == "predict" else "validation")
     except StoppedError as stop:
@@ -258,6 +260,21 @@ def _run(command: str, sources: list[Source], options: dict[str, str | None]) ->
             return 0  # the launcher knows; the one underneath would make a failure of it, and end the others
         return stop.exit_code
     return 0
+
+
+@contextlib.contextmanager
+def _resumable(launch: "LaunchEnvironment", run: Path) -> Iterator[None]:
+    """Say how to resume a run that is stopped or fails, before the reason; `qa-dist launch` does so by itself."""
+    from qa_dist.training.next_steps import after_stop, command_of_this_process
+
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        may_be_resumed = not isinstance(error, UserError) or error.exit_code == TrainingError.exit_code
+        if launch.is_main and may_be_resumed and LaunchDirectory.of_this_process() is None:
+            for line in after_stop(run, command_of_this_process()):
+                _say(f"qa-dist: {line}")
+        raise
 
 
 def _task_is_the_models(stored: object, config: RunConfig) -> list[Problem]:

@@ -192,13 +192,14 @@ class OutputConfig(Section):
     output_dir: Path | None = None
     """The run directory; by default runs/ and the run's name."""
     timeout_minutes: PositiveInt = 60
-    """How long a process waits for another one before it gives up; preparing the data, or scoring an evaluation, must
-    take less."""
+    """How long preparing the data, scoring an evaluation, or writing a checkpoint to the disk may take, and how long a
+    process waits for another one that is alive. The first step, and the first batch of an evaluation where kernels
+    have to be chosen or compiled, have this limit too."""
     step_timeout_minutes: PositiveFloat = 10.0
-    """How long a step of training, or a batch of an evaluation, may take: beyond it the run is taken to hang, and ends
-    with where each process was. A run's first step has run.timeout_minutes."""
+    """How long a step of training, or a batch of an evaluation, may take, and how long a process may give no sign of
+    life (frozen, or its machine gone) whatever the run is doing. Beyond it the run ends with where each process was."""
     max_hours: PositiveFloat | None = None
-    """Stop with a checkpoint after so many hours, to be gone on with."""
+    """Stop with a checkpoint after so many hours; the same command with --resume auto continues."""
     end_margin_minutes: PositiveFloat = 5.0
     """In a SLURM job: stop with a checkpoint so long before its time limit; at most a quarter of the time there is."""
     log_every: PositiveInt = 10

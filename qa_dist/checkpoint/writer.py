@@ -166,16 +166,22 @@ class CheckpointWriter:
         if problems:
             return problems
 
+        self._thin_out(manifest.step if keeps_own else None)
+        return []
+
+    def _thin_out(self, step: int | None) -> None:
+        """Remove older checkpoints than that of `step`, on the ranks that keep one. The new one is complete, whatever
+        happens to them."""
+
         def thin() -> list[tuple[str, str]]:
-            if not keeps_own:
+            if step is None:
                 return []
-            left = thin_out(self.root, self.retention.keep_last, self.retention.keep_best, {manifest.step})
+            left = thin_out(self.root, self.retention.keep_last, self.retention.keep_best, {step})
             return [(str(path), reason) for path, reason in left.items()]
 
         left, problems = self._all(thin)
         for path, reason in [*chain.from_iterable(filter(None, left)), *((str(self.root), p) for p in problems)]:
             self._warn_of(path, reason)
-        return []  # the new checkpoint is complete, whatever happens to older ones
 
     def _warn_of(self, path: str, reason: str) -> None:
         """Report an old checkpoint that could not be removed, each directory once."""

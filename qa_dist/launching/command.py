@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,11 +12,13 @@ from qa_dist.errors import TIME_IS_UP, UserError
 from qa_dist.launching.plan import OPTIONS, Options, own_cores, plan
 from qa_dist.launching.probe import probe
 from qa_dist.launching.supervisor import Outcome, supervise
+from qa_dist.reporting.run_lock import record_end
+from qa_dist.training.next_steps import after_stop, command_of_this_process
 
 USAGE = """usage: qa-dist launch [OPTIONS] COMMAND [ARGUMENTS]
 
 Starts `qa-dist COMMAND ARGUMENTS` on all GPUs of this machine, or of every node of a SLURM job step, with
-`accelerate launch`; watches over the processes, and ends with their exit code.
+`accelerate launch`; watches the processes, and ends with their exit code.
 
 {options}
   --dry_run            Print the command line of each machine, and start nothing.
@@ -48,7 +51,7 @@ def launch(
         (show if "help" in values else say)(USAGE.format(options=text))
         return 0 if "help" in values else 2
     if program[0] not in COMMANDS:
-        raise UserError(f"launch: {program[0]} is no command for several processes (those are: {', '.join(COMMANDS)})")
+        raise UserError(f"launch: {program[0]} does not run on several processes; {', '.join(COMMANDS)} do")
     config = settings_of(program)  # a mistake is told here, once, and not by every process
     options = Options(**values)
     chosen = plan(options, program, os.environ, lambda machines: probe(config, machines, options.num_processes))
@@ -62,12 +65,31 @@ def launch(
     if chosen.machines.count > 1:
         place = f"{socket.gethostname()} is machine {chosen.machines.rank} of {chosen.machines.count}"
         say(f"qa-dist launch: {place}; machine 0 is {chosen.machines.main_ip}, port {chosen.machines.main_port}")
+    started = time.time()
+    # A terminal may show the progress bar of a process in the line that is cleared.
+    clear = "\r\x1b[2K" if sys.stderr.isatty() else ""
     outcome = supervise(
-        chosen.arguments(), chosen.environment(os.environ, cores), lambda text: say(f"qa-dist launch: {text}")
+        chosen.arguments(), chosen.environment(os.environ, cores), lambda text: say(f"{clear}qa-dist launch: {text}")
     )
+    if outcome.main_pid is not None and outcome.code:
+        _record(outcome, config, outcome.main_pid, started)
+    hints: list[str] = []
+    if program[0] == "train" and (outcome.code in (1, TIME_IS_UP) or outcome.code > 128) and chosen.machines.rank == 0:
+        command = command_of_this_process() if chosen.machines.count == 1 else None
+        hints = after_stop(config.output_dir, command)
+    for line in [*hints, *outcome.lines]:
+        say(f"qa-dist launch: {line}")
     if chosen.machines.count > 1 and "SLURM_STEP_ID" in os.environ:
         return _in_step(outcome)
     return outcome.code
+
+
+def _record(outcome: Outcome, config: RunConfig, main_pid: int, started: float) -> None:
+    """Correct the run's status.json where the main process could not: it was frozen, or killed."""
+    state = "stopped" if outcome.code > 128 or outcome.code == TIME_IS_UP else "failed"
+    reason = outcome.lines[-1].partition("] ")[2] if outcome.lines else f"ended with exit code {outcome.code}"
+    end = {"state": state, "reason": reason, "exit_code": outcome.code}
+    record_end(config.output_dir, main_pid, started, end)
 
 
 def _in_step(outcome: Outcome) -> int:
@@ -95,9 +117,9 @@ def _parse(args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             values["dry_run"] = True
             continue
         if not flag.startswith("--") or name not in OPTIONS:
-            raise UserError(f"launch: there is no option {flag}; those of the command come after its name")
+            raise UserError(f"launch: there is no option {flag}; options of the command come after its name")
         if not value and not rest:
-            raise UserError(f"{flag}: has no value")
+            raise UserError(f"{flag}: needs a value")
         value = value or rest.pop(0)
         if name in NUMBERS:
             if not value.isdigit():

@@ -135,7 +135,7 @@ def plan(options: Options, program: Sequence[str], environ: Mapping[str, str], l
     if count is None and not use_cpu:
         raise UserError(
             f"--config_file: {path.name} is for GPUs, and none is found here; name one for CPUs (cpu_ddp, cpu_zero2), "
-            "or insist with --num_processes"
+            "or set --num_processes to start it all the same"
         )
     if count is None:
         count = int(content.get("num_processes") or machines.count)
@@ -173,7 +173,7 @@ def read_launch_config(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config_file: {path} cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict) or "distributed_type" not in content:
-        raise UserError(f"--config_file: {path} is no launch config of Accelerate (there is no distributed_type)")
+        raise UserError(f"--config_file: {path} is not a launch config of Accelerate (it has no distributed_type)")
     return content
 
 
@@ -199,7 +199,9 @@ def _machines(options: Options, environ: Mapping[str, str]) -> Machines:
     if rank is None:
         raise UserError("--machine_rank: is not set; number the machines from 0")
     if not 0 <= rank < count:
-        raise UserError(f"--machine_rank: {rank} is not the number of one of {count} machines (they count from 0)")
+        raise UserError(
+            f"--machine_rank: {rank} is not the number of a machine; they are numbered from 0 to {count - 1}"
+        )
     ip = options.main_process_ip or environ.get("MASTER_ADDR") or (_first_node(environ) if of_slurm else "")
     port = options.main_process_port or _number(environ, "MASTER_PORT") or (port_of(environ) if of_slurm else 0)
     if options.dry_run:

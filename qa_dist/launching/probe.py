@@ -39,7 +39,7 @@ def probe(config: RunConfig, machines: int, processes: int | None) -> Probe:
         )
         values = json.loads(done.stdout.splitlines()[-1])
     except (subprocess.TimeoutExpired, ValueError, IndexError):
-        raise UserError("the GPUs of this machine could not be looked at: see above, and `qa-dist doctor`") from None
+        raise UserError("the GPUs of this machine could not be examined: see above, and run `qa-dist doctor`") from None
     if problem := values.get("problem"):
         raise UserError(problem)
     return Probe(**values)

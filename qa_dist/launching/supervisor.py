@@ -40,6 +40,8 @@ class Outcome(NamedTuple):
     """Whether all of them have come to their end by themselves, done or stopped."""
     lines: list[str]
     """For people, the cause last."""
+    main_pid: int | None = None
+    """Of the main process; None if it did not run on this machine."""
 
 
 def supervise(arguments: Sequence[str], environment: Mapping[str, str], say: Callable[[str], object]) -> Outcome:
@@ -55,8 +57,6 @@ def supervise(arguments: Sequence[str], environment: Mapping[str, str], say: Cal
         outcome = supervisor.outcome()
     finally:
         shutil.rmtree(path, ignore_errors=True)
-    for line in outcome.lines:
-        say(line)
     return outcome
 
 
@@ -119,7 +119,7 @@ class _Supervisor:
             if self.asked and not told:
                 told = True
                 name = signal.Signals(self.asked).name
-                self.say(f"{name}: stopping after the step that is being done, with a checkpoint")
+                self.say(f"{name}: stopping after the current step, with a checkpoint")
             if self.asked_again and deadline == math.inf:
                 self.say("stopping at once")
                 self._send(signal.SIGTERM)
@@ -184,7 +184,8 @@ class _Supervisor:
         exits, problem = self.directory.exits()
         notes = sorted(self.notes.values(), key=lambda note: note.rank)
         agent_code = 0 if self.is_done and self.agent.returncode < 0 else self.agent.returncode
-        return account(notes, exits, self.gone, problem, agent_code, self.asked)
+        outcome = account(notes, exits, self.gone, problem, agent_code, self.asked)
+        return outcome._replace(main_pid=next((note.pid for note in notes if note.rank == 0), None))
 
 
 def account(
@@ -242,9 +243,9 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 def _how(code: int | None) -> str:
     if code is None:
-        return "ended without a word"
+        return "ended without a message"
     if code >= 0:
-        return f"ended with exit code {code} before it could say why; see above"
+        return f"ended with exit code {code} without a message; see above"
     guesses: dict[int, str] = {
         signal.SIGKILL: " (by hand, or by the system because the host's memory ran out: see dmesg)",
         signal.SIGBUS: " (shared memory ran out? see df /dev/shm)",

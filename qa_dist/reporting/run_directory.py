@@ -56,7 +56,7 @@ def require_free(path: Path, *, may_go_on: bool = True, what: str = "another run
         return
     step = f" at step {status['step']}" if status.get("step") else ""
     state = f" ({status['state']}{step})" if {"state", "step"} <= status.keys() else ""
-    go_on = "go on with it (--resume auto), " if may_go_on else ""
+    go_on = "resume it (--resume auto), " if may_go_on else ""
     raise UserError(
         f"run.output_dir: {path} holds {what}{state}, and nothing is overwritten: {go_on}set --run.output_dir to "
         "another directory, or move that one away"

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import socket
 import time
@@ -68,8 +69,36 @@ def claim(path: Path, say: Callable[[str], object], *, create: bool = True) -> C
             if seconds:
                 say(f"{path}: waiting up to {seconds:.0f} s for {_owner(status)} to end")
         if time.monotonic() >= end:
-            raise UserError(f"run.output_dir: the run in {path} is still going on ({_owner(status)})")
+            raise UserError(f"run.output_dir: the run in {path} is still running ({_owner(status)})")
         time.sleep(0.5)
+
+
+def record_end(path: Path, pid: int, since: float, end: Mapping[str, Any]) -> None:
+    """Put `end` (state, reason, exit code) into the status of the run in `path`, whose main process was `pid` on this
+    host and has ended without doing so.
+
+    Nothing is written where the status is that of another attempt (another process, or last updated before the time
+    `since`), or already tells an end, or where another run has the directory by now.
+    """
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        lock = os.open(path / LOCK, os.O_RDWR | os.O_CLOEXEC)
+        stack.callback(os.close, lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        except OSError:  # a file system without locks
+            pass
+        status = read_status(path)
+        own = status.get("pid") == pid and status.get("host") == socket.gethostname()
+        updated = status.get("updated")
+        recent = isinstance(updated, int | float) and updated >= since
+        if status.get("state") == "running" and own and recent and is_gone(status):
+            temporary = path / ".status.json.tmp"
+            temporary.write_text(
+                json.dumps({**status, **end, "updated": time.time()}, indent=2, ensure_ascii=False) + "\n"
+            )
+            temporary.replace(path / "status.json")
 
 
 def _open_lock(path: Path) -> int:
@@ -103,7 +132,7 @@ def _require_no_life(path: Path, say: Callable[[str], object]) -> None:
     if status.get("state") != "running" or status.get("pid") == os.getpid() or is_gone(status):
         return
     seconds = WATCHED_HERE if status.get("host") == socket.gethostname() else WATCHED_ELSEWHERE
-    say(f"{path}: {_owner(status)} has not said that it has ended; seeing for {seconds:.0f} s whether it still lives")
+    say(f"{path}: {_owner(status)} did not record its end; checking for {seconds:.0f} s whether it is still running")
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         time.sleep(1)
@@ -111,4 +140,4 @@ def _require_no_life(path: Path, say: Callable[[str], object]) -> None:
         if now.get("state") != "running":
             return
         if now.get("updated") != status.get("updated"):
-            raise UserError(f"run.output_dir: the run in {path} is still going on ({_owner(status)})")
+            raise UserError(f"run.output_dir: the run in {path} is still running ({_owner(status)})")

@@ -30,6 +30,8 @@ class Tracker:
         self.console = Console(quiet=not run.is_main, soft_wrap=True, highlight=False)
         self._progress: Progress | None = None
         self._bar = TaskID(0)
+        self._figures = ""
+        """Of the last logged step, beside the progress bar."""
         self._tensorboard: SummaryWriter | None = None
         self.background: Callable[[], str] = lambda: ""
         """A few words on what goes on beside training, for the progress line."""
@@ -55,7 +57,7 @@ class Tracker:
                 self._progress = progress
                 yield
         finally:
-            self._progress = None
+            self._progress, self._figures = None, ""
             self._tensorboard.close()
 
     def say(self, text: str) -> None:
@@ -66,10 +68,19 @@ class Tracker:
         if self._progress:
             self._progress.advance(self._bar)
 
-    def show(self, figures: str) -> None:
-        """Put `figures` beside the progress bar."""
+    def _show(self, text: str) -> None:
+        """Put `text` beside the progress bar."""
         if self._progress:
-            self._progress.update(self._bar, figures=f"{figures}  {self.background()}")
+            self._progress.update(self._bar, figures=f"{text}  {self.background()}")
+
+    @contextlib.contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Put `what` beside the progress bar while it is done, and then the figures of the last logged step again."""
+        self._show(what)
+        try:
+            yield
+        finally:
+            self._show(self._figures)
 
     def log_step(self, step: int, total_steps: int, values: dict[str, float]) -> None:
         """`values` hold loss, learning_rate, grad_norm, samples_per_second and epoch."""
@@ -77,7 +88,8 @@ class Tracker:
         figures = (
             f"loss {values['loss']:.3f}  lr {values['learning_rate']:.1e}  {values['samples_per_second']:.1f} samples/s"
         )
-        self.show(figures)
+        self._figures = figures
+        self._show(figures)
         if not self.console.is_terminal:
             left = (total_steps - step) * values["seconds_per_step"]
             text = f"step {step}/{total_steps}  {figures}  {left:.0f} s of training left"

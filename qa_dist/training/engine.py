@@ -215,9 +215,13 @@ class Engine:
     def cost_of_micro_batch(self) -> int | None:
         """What one micro-batch more costs, in tokens of computation; None where it is not worth thinking of. On a CPU
         small ones are nearly as efficient as large ones, on a GPU they leave it idle."""
-        if self.device.type != "cpu" or self.multiple == COMPILED_MULTIPLE:
+        if self.device.type != "cpu" or self.is_compiled:
             return None
         return 128 if self.strategy.exchanges_every_micro_batch else 64
+
+    @property
+    def is_compiled(self) -> bool:
+        return self.multiple == COMPILED_MULTIPLE
 
     @property
     def is_half(self) -> bool:

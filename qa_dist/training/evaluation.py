@@ -51,11 +51,11 @@ def collect(engine: Engine, task: Task, features: FeatureSet, batch_size: int, s
     batches = evaluation_batches(features.lengths, batch_size)
     placed = _Placed(features.lengths, task.per_token)
     engine.model.eval()
+    like = () if engine.is_compiled else ("training",)  # a compiled model is compiled again to be evaluated
     for first in range(0, len(batches), engine.world_size):
         # In the last round there may be fewer batches than ranks. All must still run, and together, since a
         # sharded model is gathered for each forward pass: the surplus ranks start again from the first batch.
-        watch = engine.watchdog.step if first else engine.watchdog.phase  # kernels may be chosen, or compiled
-        watch(f"the evaluation, batch {first + 1} of {len(batches)}")
+        engine.watchdog.step(f"the evaluation, batch {first + 1} of {len(batches)}", "evaluation", *like)
         stop.raise_if_any(engine)
         real = min(engine.world_size, len(batches) - first)
         on_host = engine.staged(features.collate(batches[(first + engine.rank) % len(batches)], engine.multiple))

@@ -26,6 +26,7 @@ from qa_dist.training.evaluation import evaluate
 from qa_dist.training.export import export_model, exported_step
 from qa_dist.training.health import FlopsPerWindow, peak_flops, peak_memory
 from qa_dist.training.hub_view import HubView, fetch_model
+from qa_dist.training.next_steps import after_completion
 from qa_dist.training.preemption import StopRequest
 from qa_dist.training.prefetch import made_ahead
 from qa_dist.training.publishing import STOPPED_SECONDS, Publisher
@@ -65,8 +66,6 @@ class Training:
         self.checkpointer = Checkpointer(self.config, self.engine, self.run, self.task, self.digests, published)
         self.has_model = False
         """Whether model/ here is the exported one: a run that goes on elsewhere has left it where it was."""
-        self.is_warm = False
-        """Whether a step has been done, so that connections are made, and kernels chosen or compiled."""
         self.pushed_model: Pointer | None = None
         """What the Hub had of the model when the run went on in place."""
         self.tracker.background = lambda: self.publisher.status
@@ -144,7 +143,7 @@ class Training:
                 f"training is done, and its results are in {self.run.path}, but the Hub lacks {missing}. To push it: "
                 f"qa-dist hub push {self.run.path}"
             )
-        self.tracker.say(f"done: {self.run.path}")
+        self.tracker.say("\n".join([f"done: {self.run.path}", *after_completion(self.run.path)]))
 
     def _drain_together(self, seconds: float = math.inf) -> str:
         """`_drain` on all ranks, with the same answer on all: none ends while another waits."""
@@ -202,11 +201,9 @@ class Training:
         started = time.perf_counter()
         for batch, collated, waited in made_ahead(left, self.step.collate):
             rate = self.plan.learning_rate(*progress.place)
-            watch = self.engine.watchdog.step if self.is_warm else self.engine.watchdog.phase
-            watch(f"step {progress.step + 1}")
+            self.engine.watchdog.step(f"step {progress.step + 1}", "training")
             is_due = self.engine.is_main and self.checkpointer.is_due_by_the_clock()
             result = self.step.run(progress.step, rate, batch, collated, is_due)
-            self.is_warm = True
             self._count(result, batch, time.perf_counter() - started, waited)
             if progress.step % self.config.run.log_every == 0 or progress.step == self.total_steps:
                 self._log(progress.epoch - 1 + progress.batches_done / len(batches), rate, result)
@@ -218,8 +215,11 @@ class Training:
             started = time.perf_counter()
 
     def _checkpoint(self, score: float | None = None) -> None:
-        self.engine.watchdog.phase("a checkpoint")
+        self.engine.watchdog.phase("waiting until the previous checkpoint is written")
+        self.checkpointer.finish()
+        self.engine.watchdog.step("copying the state for a checkpoint", "checkpoint")
         self.checkpointer.save(self.progress, score)
+        self.engine.watchdog.phase("writing a checkpoint")
 
     def _tell(self) -> None:
         """Say what the background has to say."""
@@ -269,9 +269,9 @@ class Training:
     def _evaluate(self, epoch: int, train_loss: float | None) -> Score | None:
         score = None
         if "validation" in self.sets:
-            self.tracker.show("evaluating")
             batch_size = self.config.evaluation.batch_size
-            score = evaluate(self.engine, self.task, self.sets["validation"], batch_size, self.stop)
+            with self.tracker.doing("evaluating"):
+                score = evaluate(self.engine, self.task, self.sets["validation"], batch_size, self.stop)
         row = {"epoch": epoch, "step": self.progress.step, "train_loss": train_loss}
         self.progress.add_row(row | (score.metrics if score else {}))
         self.tracker.log_evaluation(self.progress.step, self.progress.history)

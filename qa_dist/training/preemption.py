@@ -39,6 +39,8 @@ class StopRequest:
     """Remembers the first reason for which this process was asked to stop."""
 
     request: Request | None = None
+    say: Callable[[str], object] = staticmethod(lambda text: None)
+    """Called with a message for the user once there is a request."""
     _noted_at = 0.0
 
     @property
@@ -76,6 +78,8 @@ class StopRequest:
                 if request := source():
                     self._noted_at = time.monotonic()
                     self.request = self.request or request
+        if self.request is not None:
+            self.say(f"{self.request[0]}; this takes effect after the current step or batch")
 
     def raise_if_any(self, engine: Engine) -> None:
         """Raise `StoppedError` on all ranks if any of them was asked to stop. All ranks have to call this."""
@@ -148,7 +152,9 @@ def time_limits(config: RunConfig) -> list[tuple[float, str]]:
     limits = []
     if config.run.max_hours is not None:
         hours = config.run.max_hours
-        limits.append((time.monotonic() + 3600 * hours, f"stopped: run.max_hours ({hours:g}) are up"))
+        limits.append(
+            (time.monotonic() + 3600 * hours, f"stopped: the time limit run.max_hours ({hours:g}) is reached")
+        )
     end = slurm_end_time()
     left = 0.0 if end is None else end - time.time()
     if left > 0:  # else the clocks differ, or the system has not ended the job

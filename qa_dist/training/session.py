@@ -2,7 +2,9 @@
 
 import contextlib
 import socket
+import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -36,10 +38,15 @@ from qa_dist.training.launch_environment import LaunchEnvironment
 from qa_dist.training.loop import Training
 from qa_dist.training.micro_batch import micro_batch_size
 from qa_dist.training.models import build_model
+from qa_dist.training.next_steps import after_completion, after_stop, command_of_this_process
 from qa_dist.training.preemption import StopRequest, sources_for
 from qa_dist.training.publishing import Publisher
 from qa_dist.training.resume import DIRECTORY, Checkpoint, Resume, find
 from qa_dist.training.watchdog import Watchdog
+
+OTHERS_SECONDS = 3.0
+"""How long the other processes of a machine wait with their report. The launcher ends them once the first process has
+reported and ended, unless that one is frozen."""
 
 
 def train(config: RunConfig, launch: LaunchEnvironment, resume: Resume) -> None:
@@ -142,7 +149,7 @@ def evaluate_only(config: RunConfig, launch: LaunchEnvironment, split: str = "va
         engine.on_main(write)
         if score.metrics:
             parts.tracker.log_figures(score.metrics)
-        parts.tracker.say(f"done: {run.path}")
+        parts.tracker.say("\n".join([f"done: {run.path}", *after_completion(run.path)]))
 
 
 class _Session(NamedTuple):
@@ -167,15 +174,13 @@ def _session(
     stop = StopRequest()
     limits = 60 * config.run.timeout_minutes, 60 * config.run.step_timeout_minutes
     watchdog = Watchdog(launch.rank, launch.world_size, *limits)
-
-    def give_up(reason: str) -> None:
-        conclude(1, reason)
-        if launch.local_rank == 0 and LaunchDirectory.of_this_process() is None:
-            announce(f"[{socket.gethostname()}] {reason}")
-        run.fail(reason)
-
     listening = stop.listening(sources_for(config, launch.is_main))
-    with _explained(), contextlib.closing(run), listening, watchdog.watching(give_up):
+    with (
+        _explained(),
+        contextlib.closing(run),
+        listening,
+        watchdog.watching(partial(_give_up, config, launch, run, trains)),
+    ):
         engine = Engine(launch, config.run.timeout_minutes, watchdog)
         engine.require_same(engine.description, "engine and precision")
         engine.on_main(lambda: run.claim(announce))
@@ -212,6 +217,19 @@ def _session(
         with run.recorded(), _explained():
             yield _Session(engine, run, stop, checkpoint, view, identity, notes)
     engine.close()
+
+
+def _give_up(config: RunConfig, launch: LaunchEnvironment, run: RunDirectory, trains: bool, reason: str) -> None:
+    """Record and report that the run hangs, before the process ends."""
+    conclude(1, reason)
+    run.fail(reason)
+    if LaunchDirectory.of_this_process() is not None:  # the launcher reports it
+        return
+    if launch.local_rank != 0:
+        time.sleep(OTHERS_SECONDS)
+    for line in after_stop(config.output_dir, command_of_this_process()) if trains else ():
+        announce(f"qa-dist: {line}")
+    announce(f"[{socket.gethostname()}, rank {launch.rank}] {reason}")
 
 
 @contextlib.contextmanager
@@ -276,6 +294,8 @@ def _load(config: RunConfig, session: _Session, splits: tuple[str, ...]) -> _Par
         notes += engine.use_packed_attention(model)
     stop.raise_if_any(engine)
     tracker = Tracker(session.run, task.headline)
+    if engine.is_main and LaunchDirectory.of_this_process() is None:  # else the launcher says it
+        stop.say = tracker.say
     for note in session.notes:
         tracker.say(f"note: {note}")
     _introduce(tracker, engine, model, notes, sets)

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -109,7 +110,7 @@ def test_a_run_that_is_still_going_on_is_left_alone(cut_off: Path, capsys):
         fcntl.flock(lock, fcntl.LOCK_EX)
         code, _, message = train(capsys, cut_off, "--resume", "auto")
         assert code == 2
-        assert "is still going on (process 4194305 on" in message
+        assert "is still running (process 4194305 on" in message
     code, shown, message = train(capsys, cut_off, "--resume", "auto")
     assert code == 0, message
     assert "going on from" in shown
@@ -124,6 +125,7 @@ def test_a_stopped_run_goes_on_where_it_stopped(launcher: Launcher, finished: Pa
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 143, output
     assert json.loads((run / "status.json").read_text())["state"] == "stopped"
+    assert f"to resume: {shlex.join([sys.executable, *flags])} --resume auto\n" in output
     code, shown, message = train(capsys, run, "--checkpoint.every", "1 epoch", "--resume", "auto")
     assert code == 0, message
     assert "going on from" in shown
@@ -138,7 +140,7 @@ def test_nothing_of_a_killed_run_is_overwritten_without_asking(cut_off: Path, ca
     before = {path: path.read_bytes() for path in cut_off.rglob("*") if path.is_file()}
     code, _, message = train(capsys, cut_off)
     assert code == 2
-    assert "go on with it (--resume auto)" in message
+    assert "resume it (--resume auto)" in message
     refused = train(capsys, cut_off, "--resume", "auto", "--train.seed", 7)[0]
     assert refused == 2
     after = {path: path.read_bytes() for path in cut_off.rglob("*") if path.is_file()}

@@ -1,8 +1,11 @@
 """`qa-dist launch`: processes that are watched, stopped and accounted for. Real processes, real signals."""
 
+import contextlib
 import json
 import os
+import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +19,7 @@ import pytest
 
 from qa_dist.cli import main
 from qa_dist.reporting.status import read_status
-from tests.helpers import ROOT, Launcher, environment, tiny_flags
+from tests.helpers import ROOT, TINY_BERT, Launcher, environment, tiny_flags
 
 LONG = tiny_flags(**{"train.epochs": "20000", "checkpoint.every": "20 steps"})
 LAUNCH = [sys.executable, "-m", "qa_dist", "launch"]
@@ -121,6 +124,42 @@ def test_a_signal_to_the_launcher_stops_all_processes_with_a_checkpoint(number: 
     assert "ranks 0, 1: stopped by signal" in output.splitlines()[-1]
 
 
+def test_what_a_terminal_shows_and_the_commands_that_it_names(tmp_path: Path):
+    """Ctrl-C; the printed command is run as it is printed, and then the one that a completed run names."""
+    run = tmp_path / "a run"
+    flags = tiny_flags(**{"train.epochs": "6", "checkpoint.every": "20 steps"})
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        command = [*LAUNCH, "--config_file", "cpu_ddp", "train", *flags, "--run.output_dir", str(run)]
+        os.execvpe(command[0], command, {**environment(), "TERM": "xterm", "COLUMNS": "120"})
+    shown = bytearray()
+    has_asked = False
+    with contextlib.suppress(OSError):  # Linux's way to say that the other end is closed
+        while part := os.read(terminal, 65536):
+            shown += part
+            if not has_asked and b"loss" in part and jsonl_of(run):
+                has_asked = True
+                os.write(terminal, b"\x03")
+    os.close(terminal)
+    text = shown.decode()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130, text
+    lines = [line.rpartition("\r\x1b[2K")[2].strip("\r") for line in text.split("\n")]  # what of each is not cleared
+    assert "qa-dist launch: SIGINT: stopping after the current step, with a checkpoint" in lines, text
+    step = read_status(run)["step"]
+    assert f"qa-dist launch: checkpoint of step {step}: {run}/checkpoints/step_{step:08}" in lines
+    again = next(line for line in lines if "to resume" in line).removeprefix("qa-dist launch: to resume: ")
+    done = subprocess.run(again, shell=True, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f"{run}/checkpoints/step_{step:08} (step {step})" in done.stdout
+    _, report, serve = done.stdout.splitlines()[-3:]
+    assert shlex.split(serve, comments=True) == ["qa-dist", "serve", "--model", str(run / "model")]
+    with pytest.raises(SystemExit) as exit_:
+        main(shlex.split(report, comments=True)[1:])
+    assert exit_.value.code == 0
+    assert (run / "report.html").is_file()
+
+
 def test_signals_to_all_processes_at_once_are_one_request(started):
     """As some batch systems send them, and a terminal's Ctrl-C."""
     process, run = started()
@@ -157,7 +196,10 @@ def test_time_that_is_up(started):
     output = end_of(process)
     assert process.returncode == 75, output
     status = read_status(run)
-    assert (status["state"], status["reason"]) == ("stopped", "stopped: run.max_hours (0.004) are up")
+    assert (status["state"], status["reason"]) == (
+        "stopped",
+        "stopped: the time limit run.max_hours (0.004) is reached",
+    )
     assert checkpoints(run)[-1] == status["step"]
 
 
@@ -219,10 +261,53 @@ def test_a_process_that_hangs(frozen: int, started):
     assert f"rank {frozen} did not answer: stopped, or the machine or its network is gone. rank {other} (" in last
     assert re.search(rf"rank {other} \(\S+\) was in \w+, \w+\.py:\d+ \(\w+\)\.$", last)
     assert f"rank {other} was here:\n  File " in output
-    if frozen:
-        status = read_status(run)
-        assert (status["state"], status["exit_code"]) == ("failed", 1)
-        assert "did not answer" in status["reason"]
+    status = read_status(run)  # which the launcher corrects, where the main process is the frozen one
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+    assert f"rank {frozen} did not answer" in status["reason"]
+    assert status["launch"] == "DDP, float32, 2 processes on cpu"
+    assert f"to resume: {sys.executable} -m qa_dist launch --config_file cpu_ddp train " in output
+
+
+def test_a_process_that_hangs_in_the_first_batch_of_an_evaluation(tmp_path: Path):
+    """Which has the limit of a step, since all that it does was done in training."""
+    run = tmp_path / "run"
+    model = TINY_BERT | {"hidden_size": 128, "num_hidden_layers": 4}
+    sizes = {"data.synthetic.train_examples": "8", "data.synthetic.validation_examples": "300", "train.epochs": "1"}
+    flags = tiny_flags(**{**sizes, "model.config": json.dumps(model), "evaluation.batch_size": "400"})
+    limits = ("--run.step_timeout_minutes", "0.2")
+    process = start("--config_file", "cpu_ddp", "train", *flags, *limits, "--run.output_dir", run)
+    wait_until(
+        process, lambda: (run / "metrics.jsonl").is_file() and jsonl_of(run)[-1:] and jsonl_of(run)[-1]["epoch"] == 1
+    )
+    ranks(process)[1].suspend()
+    output = end_of(process, 120)
+    last = output.splitlines()[-1]
+    assert re.search(
+        r"no progress for \d+ s in the evaluation, batch 1 of \d+ \(run\.step_timeout_minutes: 12 s\)", last
+    ), output
+    assert "rank 1 did not answer" in last
+
+
+def test_a_process_that_hangs_while_a_checkpoint_waits_for_the_one_before(tmp_path: Path):
+    """The disk may take its time, and a process that does not answer not."""
+    run = tmp_path / "run"
+    model = TINY_BERT | {"max_position_embeddings": 1_000_000}  # which makes large checkpoints, and costs no time else
+    flags = tiny_flags(**{"train.epochs": "20000", "checkpoint.every": "1 step", "model.config": json.dumps(model)})
+    limits = ("--run.step_timeout_minutes", "0.1")
+    process = start("--config_file", "cpu_ddp", "train", *flags, *limits, "--run.output_dir", run)
+
+    def waits() -> bool:
+        if not (run / "metrics.jsonl").is_file() or not (logged := jsonl_of(run)):
+            return False
+        return (run / f"checkpoints/.step_{logged[-1]['step'] - 1:08}.tmp").is_dir()
+
+    wait_until(process, waits)
+    ranks(process)[1].suspend()
+    output = end_of(process, 120)
+    last = output.splitlines()[-1]
+    assert "no sign of life from rank 1 for" in last, output
+    assert "in waiting until the previous checkpoint is written (run.step_timeout_minutes: 6 s)" in last
+    assert "rank 1 did not answer" in last
 
 
 @pytest.mark.parametrize("launched", [True, False])
@@ -271,11 +356,11 @@ def test_a_mistake_is_told_once_and_its_exit_code_comes_through(tmp_path: Path):
     [
         (["--config_file", "zero7", "train"], "--config_file: zero7: there is no such launch config"),
         (["--num_machines", "2", "train"], "--machine_rank: is not set"),
-        (["--num_machines", "2", "--machine_rank", "2", "train"], "--machine_rank: 2 is not the number of one"),
+        (["--num_machines", "2", "--machine_rank", "2", "train"], "--machine_rank: 2 is not the number of a machine"),
         (["--num_machines", "2", "--machine_rank", "0", "train"], "--main_process_ip and --main_process_port: are not"),
         (["--num_processes", "x", "train"], "--num_processes: 'x' is not a number"),
         (["--nonsense", "train"], "there is no option --nonsense"),
-        (["score"], "score is no command for several processes"),
+        (["score"], "score does not run on several processes"),
         (["--config_file", "cpu_ddp", "train", "--train.epoch", "3"], "--train.epoch"),
     ],
 )

@@ -218,7 +218,7 @@ def test_two_jobs_do_not_share_a_run_directory(submit):
     second = submit(*LONG)
     second.ended()
     assert first.cluster.job(second.id)["ExitCode"] == "2:0"
-    assert f"is still going on (process {read_status(first.run)['pid']} on " in first.log
+    assert f"is still running (process {read_status(first.run)['pid']} on " in first.log
     first.reaches(len(steps(first.run)) + 20)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import string
 import subprocess
@@ -237,6 +238,9 @@ def test_a_signal_ends_the_run_on_all_ranks_and_keeps_the_weights(number: int, l
     assert status["step"] > 5
     assert AutoModelForQuestionAnswering.from_pretrained(tmp_path / "run/model")
     assert f"stopped by signal {number}" in output
+    again = next(line for line in output.splitlines() if "to resume: " in line).partition("to resume: ")[2]
+    assert shlex.split(again) == [*map(str, process.args), "--resume", "auto"]  # pyright: ignore[reportArgumentType]
+    assert f"checkpoint of step {status['step']}: {tmp_path}/run/checkpoints/step_" in output
 
 
 @pytest.mark.parametrize("flags", [{"distributed_type": "MULTI_CPU"}, {"distributed_type": "NO"}])

@@ -1,6 +1,7 @@
 """Directories and files that are there complete, or not at all; and whose run they hold."""
 
 import contextlib
+import fcntl
 import json
 import os
 import socket
@@ -17,6 +18,7 @@ from qa_dist.checkpoint.store import publish_directory
 from qa_dist.checkpoint.writer import CheckpointWriter, Retention
 from qa_dist.errors import UserError
 from qa_dist.reporting.run_directory import RunDirectory, StoppedError, require_free
+from qa_dist.reporting.run_lock import LOCK, record_end
 from qa_dist.reporting.status import read_status
 from tests.helpers import make_manifest
 
@@ -217,3 +219,29 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         recorded(tmp_path / "file" / "run")
+
+
+def test_the_end_of_a_run_whose_main_process_could_not_record_it(tmp_path: Path):
+    """Only of that process, and only where it has not done so itself."""
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    running = {"state": "running", "reason": "", "step": 7, "exit_code": None, "updated": 100.0, "run": "abc"}
+    running |= {"host": socket.gethostname(), "pid": process.pid}
+    end = {"state": "failed", "reason": "rank 0 did not answer", "exit_code": 1}
+
+    def recorded_end(of: int = process.pid, since: float = 90.0, **changes: object) -> dict[str, object]:
+        (tmp_path / "status.json").write_text(json.dumps(running | changes))
+        record_end(tmp_path, of, since, end)
+        return read_status(tmp_path)
+
+    record_end(tmp_path / "none", process.pid, 90.0, end)  # a run that has not begun
+    (tmp_path / LOCK).touch()
+    assert recorded_end() == {**running, **end, "updated": read_status(tmp_path)["updated"]}
+    others = [{"pid": os.getpid()}, {"host": "elsewhere"}, {"state": "completed"}, {"state": "stopped"}]
+    for other in others:  # another attempt, on this machine or another one; and one that has ended in order
+        assert recorded_end(**other) == running | other
+    assert recorded_end(of=os.getpid(), pid=os.getpid()) == running | {"pid": os.getpid()}  # which is alive
+    assert recorded_end(since=110.0) == running  # an earlier one, whose process had the same number
+    with (tmp_path / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert recorded_end() == running  # the directory is another run's by now

@@ -137,7 +137,7 @@ def note(rank: int, code: int | None = 0, message: str = "", at: float = 0.0) ->
             ["rank 0: another is gone", "rank 1: no memory"],
         ),
         ([note(0, 2, "mend it", 1.0), note(1, None)], [Exit(1, 101, -9)], {1: 12.0}, 1, 0, 2, ["rank 1 had", "rank 0"]),
-        ([], [Exit(3, 103, 1)], {}, 1, 0, 1, ["rank 3 ended with exit code 1 before it could say why"]),
+        ([], [Exit(3, 103, 1)], {}, 1, 0, 1, ["rank 3 ended with exit code 1 without a message"]),
         ([], [], {}, 1, 0, 1, ["nothing was started: port is taken"]),
         ([note(0, None)], [], {}, -9, 15, 143, ["rank 0 had to be ended", "the launcher of the processes was killed"]),
     ],

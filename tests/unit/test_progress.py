@@ -1,15 +1,21 @@
 """What the loop counts, and when it gives up."""
 
 import dataclasses
+import io
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from qa_dist.checkpoint.progress import Progress
 from qa_dist.config import RunConfig
 from qa_dist.errors import TrainingError
+from qa_dist.reporting.run_directory import RunDirectory
+from qa_dist.reporting.tracker import Tracker
 from qa_dist.training.loop import Training
 from qa_dist.training.prefetch import made_ahead
 from qa_dist.training.step import StepResult
@@ -70,3 +76,26 @@ def test_items_are_made_ahead_in_order_and_errors_come_where_the_item_would():
             assert waited >= 0
     assert seen == [(0, 0), (1, 1), (2, 4)]
     assert list(made_ahead([], make)) == []
+
+
+def test_the_bar_says_evaluating_only_while_that_goes_on(tmp_path: Path):
+    def bar() -> str:
+        """What a terminal shows of it now."""
+        assert tracker._progress is not None
+        tracker._progress.refresh()
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue().rpartition("training")[2])
+
+    screen = io.StringIO()
+    tracker = Tracker(RunDirectory(tmp_path, is_main=True), {})
+    tracker.console = Console(file=screen, force_terminal=True, width=120)
+    figures = {"loss": 1.25, "learning_rate": 1e-3, "samples_per_second": 8.0, "seconds_per_step": 1.0}
+    with tracker.training(10):
+        with tracker.doing("evaluating"):  # before the first logged step
+            assert "evaluating" in bar()
+        assert "evaluating" not in bar()
+        tracker.log_step(1, 10, figures)
+        with pytest.raises(TrainingError), tracker.doing("evaluating"):
+            assert "evaluating" in bar()
+            raise TrainingError("no")
+        assert "loss 1.250" in bar()
+        assert "evaluating" not in bar()
