@@ -265,7 +265,6 @@ def test_a_process_that_hangs(frozen: int, started):
     assert (status["state"], status["exit_code"]) == ("failed", 1)
     assert f"rank {frozen} did not answer" in status["reason"]
     assert status["launch"] == "DDP, float32, 2 processes on cpu"
-    assert f"to resume: {sys.executable} -m qa_dist launch --config_file cpu_ddp train " in output
 
 
 def test_a_process_that_hangs_in_the_first_batch_of_an_evaluation(tmp_path: Path):
