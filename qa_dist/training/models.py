@@ -12,14 +12,15 @@ from qa_dist.config import ModelConfig, RunConfig
 from qa_dist.errors import UserError, listing
 from qa_dist.tasks.model_config import pretrained_config
 from qa_dist.tasks.task import Task
+from qa_dist.training.initial_weights import initialize
 
 
 def build_model(config: RunConfig, task: Task, *, trained: bool = False) -> tuple[nn.Module, list[str]]:
     """The model that the config names, in float32, with the task's head, and notes for the user.
 
-    New weights follow `train.seed`, so all ranks make the same. With `trained`, a head that would be new is an
-    error. Raises `UserError` for a model that cannot be loaded, has no such head, or does not fit the tokenizer
-    or `data.max_length`.
+    New weights are a function of `train.seed` and the names of their modules, so they are the same on all ranks and
+    under every strategy. With `trained`, a head that would be new is an error. Raises `UserError` for a model that
+    cannot be loaded, has no such head, or does not fit the tokenizer or `data.max_length`.
     """
     settings = config.model
     torch.manual_seed(config.train.seed)
@@ -32,6 +33,7 @@ def build_model(config: RunConfig, task: Task, *, trained: bool = False) -> tupl
             model = task.auto_model.from_config(model_config, dtype=torch.float32, **_attention(settings))
         except Exception as error:  # sizes that do not divide each other and the like
             raise UserError(f"model.config: no model can be built from it: {_first_line(error)}") from None
+        initialize(model, config.train.seed)
         return model, _try_out(model, task, config.data.max_length)
     model_config = pretrained_config(settings)
     _check_head(model_config, task, settings.name)
@@ -71,6 +73,7 @@ def build_model(config: RunConfig, task: Task, *, trained: bool = False) -> tupl
             f"{task.name.replace('_', ' ')}, as their weights have the same names and sizes; start from the model that "
             "it was made of"
         )
+    initialize(model, config.train.seed)
     notes = [f"new weights: {listing(new)}"] if new else []
     return model, notes + _try_out(model, task, config.data.max_length)
 

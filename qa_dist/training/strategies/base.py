@@ -92,10 +92,7 @@ class Strategy(ABC):
     def set_step_count(self, count: int) -> None:
         """Make AdamW's bias correction that of `count` steps done."""
         for state in self._optimizer_states():
-            if isinstance(state.get("step"), Tensor):
-                state["step"].fill_(float(count))
-            else:
-                state["step"] = count
+            state["step"].fill_(float(count))
 
     def loss_scale_state(self) -> dict[str, float]:
         """What float16's loss scaler remembers; empty in other precisions."""

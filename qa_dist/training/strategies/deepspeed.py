@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ class DeepSpeed(Strategy):
         self.casts_weights = accelerator.mixed_precision in ("bf16", "fp16")
         self.exchanges_every_micro_batch = self.stage >= 2
         self._is_linked = False
+        self._masters: dict[nn.Parameter, nn.Parameter] = {}
 
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         # The batches are ours: DeepSpeed only multiplies these numbers. Accumulation is controlled by the boundary
@@ -37,7 +39,14 @@ class DeepSpeed(Strategy):
         config["gradient_accumulation_steps"] = 1
         config["train_batch_size"] = self.accelerator.num_processes
         config["gradient_clipping"] = self.max_grad_norm  # without any it would step on infinities in float32
-        self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model))
+        # With offloading, Accelerate would replace AdamW by DeepSpeed's own, which multiplies powers of the betas step by
+        # step, but computes them anew after a jump of the step count: a resumed run would differ.
+        config["zero_force_ds_cpu_optimizer"] = False
+        optimizer = make_optimizer(model)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0  # until the first step sets it
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.set_step_count(0)  # in stage 0 and low precision DeepSpeed has done a step without gradients
 
     @property
     def engine(self) -> Any:
@@ -79,6 +88,8 @@ class DeepSpeed(Strategy):
         import deepspeed
         from deepspeed.utils import safe_get_full_fp32_param
 
+        if self.stage == 0:
+            return self._master(parameter).detach()
         if parameter.requires_grad and (whole := safe_get_full_fp32_param(parameter)) is not None:
             return whole.detach()
         if hasattr(parameter, "ds_id"):  # ZeRO-3 shards what is not trained too, without a master copy
@@ -89,8 +100,9 @@ class DeepSpeed(Strategy):
     def part(self, parameter: nn.Parameter, kind: str) -> Part | None:
         if self.stage == 3:
             return self._part_of_stage_3(parameter, kind)
-        if self._is_plain or not parameter.requires_grad:
-            return Part(parameter.detach() if kind == "weight" else self.engine.optimizer.state[parameter][kind])
+        if self.stage == 0 or not parameter.requires_grad:
+            master = self._master(parameter) if self.stage == 0 else parameter
+            return Part(master.detach() if kind == "weight" else self._plain_optimizer().state[master][kind])
         self._link_moments()
         mapping: Any = getattr(parameter, "_hp_mapping", None)
         if mapping is None:  # this rank's partition does not reach into the parameter
@@ -131,10 +143,14 @@ class DeepSpeed(Strategy):
             link(group, partition, optimizer.optimizer.state)
         self._is_linked = True
 
-    @property
-    def _is_plain(self) -> bool:
-        """Whether the optimizer is PyTorch's own, on the parameters themselves: in stage 0 and float32."""
-        return self.stage == 0 and not self.casts_weights
+    def _master(self, parameter: nn.Parameter) -> nn.Parameter:
+        """Return what PyTorch's optimizer updates for a parameter that is not divided: in low precision, if it is
+        trained, a float32 copy of it, else the parameter itself."""
+        if not self._masters and self.casts_weights:
+            optimizer = self.engine.optimizer
+            for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+                self._masters |= dict(zip(low, high, strict=True))
+        return self._masters.get(parameter, parameter)
 
     def restore(self, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
@@ -147,9 +163,11 @@ class DeepSpeed(Strategy):
         parameter.data.copy_(values["weight"])
         if not parameter.requires_grad:
             return
-        if self._is_plain:
+        if self.stage == 0:
+            master = self._master(parameter)
+            master.data.copy_(values["weight"])
             for name in MOMENTS:
-                self.engine.optimizer.state[parameter][name].copy_(values[name])
+                self._plain_optimizer().state[master][name].copy_(values[name])
             return
         self._link_moments()
         safe_set_full_fp32_param(parameter, values["weight"])
@@ -179,10 +197,14 @@ class DeepSpeed(Strategy):
                 safe_set_local_optimizer_state(parameter, own(values[name]), name)
 
     def _optimizer_states(self) -> list[dict[str, Any]]:
+        return list(self._plain_optimizer().state.values())
+
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        """Return PyTorch's optimizer, which DeepSpeed wraps."""
         optimizer = self.engine.optimizer
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
-        return list(optimizer.state.values())
+        return optimizer
 
     def loss_scale_state(self) -> dict[str, float]:
         scaler = self._scaler()
