@@ -73,8 +73,6 @@ class Engine:
     """How the model is spread over the processes."""
     model: nn.Module
     """The wrapped model; `forward` calls it."""
-    optimizer: dict[str, Any]
-    """The optimizer that `prepare` has chosen, for manifests: its `name`, and whether it is `fused`."""
     first_position: int | None = None
     """Of the model, where its windows are laid end to end without padding."""
     multiple = 8
@@ -174,7 +172,6 @@ class Engine:
         """Spread `model` over the processes for training, with AdamW. `fused`: whether the run that is resumed has used
         PyTorch's fused implementation, which then goes on if it works here; None for a new run."""
         settings = config.train
-        self.optimizer = {"name": "AdamW", "fused": self.prefers_fused and fused is not False}
         set_tf32(settings.tf32)
         model.train()  # transformers hands out pretrained models with dropout switched off
         if settings.gradient_checkpointing:
@@ -191,7 +188,7 @@ class Engine:
                 lr=settings.learning_rate,
                 betas=(settings.adam_beta1, settings.adam_beta2),
                 eps=settings.adam_epsilon,
-                fused=self.optimizer["fused"],
+                fused=self.prefers_fused and fused is not False,
             )
 
         self.strategy.max_grad_norm = settings.max_grad_norm or NO_CLIPPING

@@ -63,7 +63,7 @@ def train(config: RunConfig, launch: LaunchEnvironment, resume: Resume) -> None:
         for note in notes:
             parts.tracker.say(note)
         flops = FlopsPerWindow.of(parts.model)
-        engine.prepare(parts.model, config)
+        engine.prepare(parts.model, config, checkpoint.manifest.optimizer.fused if checkpoint else None)
         nodes = max(launch.world_size // max(launch.local_world_size, 1), 1)
         several = config.hub.repo_id is not None and engine.max(nodes) > 1
         store = engine.store if several else None

@@ -34,6 +34,15 @@ CELLS = [
 ]
 """Strategy, processes, precision and implementation of AdamW."""
 NAMES = ["-".join(map(str, cell)) for cell in CELLS]
+INITIAL = ["ddp-1-no-fused", "ddp-3-no-fused", "zero1-4-no-fused", "zero2-3-no-fused", "zero3-3-no-fused"]
+INITIAL += [
+    "zero3-4-no-fused",
+    "zero3_offload-3-no-fused",
+    "fsdp2-3-no-fused",
+    "zero0-3-bf16-fused",
+    "zero3-3-bf16-fused",
+]
+"""Those in which initial weights are looked at."""
 SECONDS = 900
 """For all cells; the first use of DeepSpeed on a machine compiles an extension."""
 
@@ -46,8 +55,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     plan = []
     for what in ("save", "restore", "initial"):
         for i, (engine, processes, precision, optimizer) in enumerate(CELLS):
+            if what == "initial" and NAMES[i] not in INITIAL:
+                continue
             cell = {"engine": engine, "processes": processes, "precision": precision, "fused": optimizer == "fused"}
-            cell |= {"reordered": i % 2 == 1}
+            cell |= {"reordered": processes == 3}
             plan.append(cell | {"name": f"{what}-{NAMES[i]}", "what": what, "save": paths[i], "restore": paths})
     path = directory / "plan.json"
     path.write_text(json.dumps(plan))
@@ -83,9 +94,9 @@ def test_a_state_is_the_same_wherever_it_is_restored(restored: str, saved: str, 
 
 
 def test_initial_weights_are_the_same_everywhere(results: dict[str, Any]):
-    """Under every strategy and world size, though the ranks' random generators differ, and in every other cell the
+    """Under every strategy and world size, though the ranks' random generators differ, and on three processes the
     order in which the model's parts are made."""
-    found = {name: results[f"initial-{name}"] for name in NAMES}
+    found = {name: results[f"initial-{name}"] for name in INITIAL}
     assert None not in found.values(), found
     assert len({result["weights"] for result in found.values()}) == 1, found
 

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from qa_dist.checkpoint.state import MOMENTS, Part
+from qa_dist.checkpoint.state import Part
 from qa_dist.training.strategies.base import MakeOptimizer, NonFiniteGradientError, Strategy, Update
 
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -39,13 +39,18 @@ class DeepSpeed(Strategy):
         config["gradient_accumulation_steps"] = 1
         config["train_batch_size"] = self.accelerator.num_processes
         config["gradient_clipping"] = self.max_grad_norm  # without any it would step on infinities in float32
-        # With offloading, Accelerate would replace AdamW by DeepSpeed's own, which multiplies powers of the betas step by
-        # step, but computes them anew after a jump of the step count: a resumed run would differ.
+        # With offloading, Accelerate would replace AdamW by DeepSpeed's own. That one multiplies powers of the betas
+        # from step to step, but computes them anew after a jump of the step count: a resumed run would differ.
         config["zero_force_ds_cpu_optimizer"] = False
         optimizer = make_optimizer(model)
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # until the first step sets it
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad and self.casts_weights]
+        exact = [parameter.detach().to(torch.float32, copy=True) for parameter in trained]
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        # DeepSpeed makes the master weights from weights that it has rounded to low precision before
+        for parameter, whole in zip(trained, exact, strict=True):
+            self._set(parameter, "weight", whole)
         self.set_step_count(0)  # in stage 0 and low precision DeepSpeed has done a step without gradients
 
     @property
@@ -153,48 +158,45 @@ class DeepSpeed(Strategy):
         return self._masters.get(parameter, parameter)
 
     def restore(self, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        if self.stage == 3:
-            self._restore_stage_3(parameter, values)
-            return
-        values = {name: tensor.to(self.accelerator.device) for name, tensor in values.items()}
         # the weights that the forward pass sees; in low precision they are a copy of the master weights
-        parameter.data.copy_(values["weight"])
-        if not parameter.requires_grad:
-            return
-        if self.stage == 0:
-            master = self._master(parameter)
-            master.data.copy_(values["weight"])
-            for name in MOMENTS:
-                self._plain_optimizer().state[master][name].copy_(values[name])
-            return
-        self._link_moments()
-        safe_set_full_fp32_param(parameter, values["weight"])
-        for name in MOMENTS:
-            safe_set_full_optimizer_state(parameter, values[name], name)
-
-    def _restore_stage_3(self, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
-        """Set this rank's partition. DeepSpeed's functions that take whole tensors (`safe_set_full_…`) know nothing of
-        padding: they fail where the number of ranks does not divide the parameter's size."""
-        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-
         stored: Any = parameter
-        start, count = self._partition(parameter)
-
-        def own(whole: Tensor) -> Tensor:
-            piece = whole.new_zeros(stored.ds_tensor.ds_numel)
-            piece[:count] = whole.flatten()[start : start + count]
-            return piece
-
-        # the weights that the forward pass sees, and the gathered ones of small parameters, which are kept whole
-        stored.ds_tensor.data.copy_(own(values["weight"]))
-        if parameter.numel() == stored.ds_numel:
+        if self.stage == 3:
+            stored.ds_tensor.data.copy_(self._own(parameter, values["weight"]))
+        if self.stage < 3 or parameter.numel() == stored.ds_numel:  # small parameters are also kept gathered
             parameter.data.copy_(values["weight"])
         if parameter.requires_grad:
-            safe_set_local_fp32_param(parameter, own(values["weight"]))
-            for name in MOMENTS:
-                safe_set_local_optimizer_state(parameter, own(values[name]), name)
+            self._link_moments()
+            for kind, whole in values.items():
+                self._set(parameter, kind, whole)
+
+    def _set(self, parameter: nn.Parameter, kind: str, whole: Tensor) -> None:
+        """Set the master weights or a moment of a trained parameter."""
+        from deepspeed import utils
+
+        if self.stage == 0:
+            master = self._master(parameter)
+            target = master.data if kind == "weight" else self._plain_optimizer().state[master][kind]
+            target.copy_(whole)
+        elif self.stage == 3:
+            # The functions that take whole tensors know nothing of padding: they fail where the number of ranks does
+            # not divide the parameter's size.
+            own = self._own(parameter, whole)
+            if kind == "weight":
+                utils.safe_set_local_fp32_param(parameter, own)
+            else:
+                utils.safe_set_local_optimizer_state(parameter, own, kind)
+        elif kind == "weight":
+            utils.safe_set_full_fp32_param(parameter, whole)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, whole, kind)
+
+    def _own(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        """Return this rank's partition of a whole tensor under ZeRO-3, with its padding."""
+        stored: Any = parameter
+        start, count = self._partition(parameter)
+        piece = whole.new_zeros(stored.ds_tensor.ds_numel)
+        piece[:count] = whole.flatten()[start : start + count]
+        return piece
 
     def _optimizer_states(self) -> list[dict[str, Any]]:
         return list(self._plain_optimizer().state.values())
