@@ -60,7 +60,8 @@ class File(Record):
     empty for other files."""
 
     def __init__(self, size: int, sha256: str, chunks: Sequence[str] = ()):
-        super().__init__(size=size, sha256=sha256, chunks=chunks)
+        values: dict[str, Any] = {"size": size, "sha256": sha256, "chunks": chunks}
+        super().__init__(**values)
 
     @classmethod
     def of(cls, path: Path, *, in_chunks: bool = False) -> Self:

@@ -53,29 +53,39 @@ def build_model(config: RunConfig, task: Task, *, trained: bool = False) -> tupl
         raise UserError(
             f"model.name: the weights of {settings.name!r} cannot be loaded: {_first_line(error)}"
         ) from None
+    new = _new_weights(model, model_config, info, settings.name, task, trained)
+    initialize(model, config.train.seed)
+    notes = [f"new weights: {listing(new)}"] if new else []
+    return model, notes + _try_out(model, task, config.data.max_length)
+
+
+def _new_weights(
+    model: nn.Module, model_config: PretrainedConfig, info: dict[str, Any], name: str, task: Task, trained: bool
+) -> list[str]:
+    """Return the names of the weights that the files of the model `name` lack. Raises `UserError` for weights of other
+    sizes, for a head of another kind of task, and with `trained` for a head that is missing. `info`: what transformers
+    has found in the files."""
     if others := sorted(info["mismatched_keys"]):
         sizes = [f"{name} is {tuple(stored)}, and has to be {tuple(needed)}" for name, stored, needed in others]
         raise UserError(
-            f"model.name: the weights of {settings.name!r} have other sizes than those of a model for "
+            f"model.name: the weights of {name!r} have other sizes than those of a model for "
             f"{task.name.replace('_', ' ')}: {listing(sizes)}. If it was trained for something else, start from the "
             "model that it was made of"
         )
     new = sorted(info["missing_keys"])
     if new and trained:
         raise UserError(
-            f"model.name: {settings.name!r} has no weights for {listing(new)}: it has not been trained for "
-            f"{task.name.replace('_', ' ')}. Train it first (qa-dist train --model.name {settings.name} …)"
+            f"model.name: {name!r} has no weights for {listing(new)}: it has not been trained for "
+            f"{task.name.replace('_', ' ')}. Train it first (qa-dist train --model.name {name} …)"
         )
     kinds = model_config.architectures or []
     if not new and kinds and type(model).__name__ not in kinds:
         raise UserError(
-            f"model.name: {settings.name!r} is a {listing(kinds)}, whose head would be taken for that of a model for "
+            f"model.name: {name!r} is a {listing(kinds)}, whose head would be taken for that of a model for "
             f"{task.name.replace('_', ' ')}, as their weights have the same names and sizes; start from the model that "
             "it was made of"
         )
-    initialize(model, config.train.seed)
-    notes = [f"new weights: {listing(new)}"] if new else []
-    return model, notes + _try_out(model, task, config.data.max_length)
+    return new
 
 
 def _attention(settings: ModelConfig) -> dict[str, str]:

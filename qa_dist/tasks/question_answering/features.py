@@ -92,7 +92,7 @@ def _without_spaces(texts: Sequence[str], encoded: EncodedTexts, tokenizer: PreT
     places = np.flatnonzero(np.isin(encoded.ids.values, spaces))
     owners = np.searchsorted(encoded.ids.offsets, places, side="right") - 1
     for place, owner in zip(places.tolist(), owners.tolist(), strict=True):
-        text = texts[owner][int(encoded.starts[place]) : int(ends[place])]
+        text = str(texts[owner])[int(encoded.starts[place]) : int(ends[place])]
         if not text.isspace() and "▁" not in text:
             ends[place] = encoded.starts[place]
     return replace(encoded, ends=ends)
@@ -122,9 +122,7 @@ def build_features(
     whole_words: bool = False,
     causal: bool = False,
 ) -> pa.Table:
-    """One row per window of every example, in order.
-
-    `causal`: whether the model's tokens see only those before them, which decides the layout (`PairTemplate.of`).
+    """Return one row per window of every example, in order. `causal` decides the layout (`PairTemplate.of`).
 
     Columns: `example` (position in `examples`), `input_ids` and, where the model reads them, `token_type_ids`
     (without padding), `context_begin` and `context_end` (the window's context tokens, as positions in
@@ -144,25 +142,22 @@ def build_features(
     question_lengths = encoded_questions.ids.lengths[question_rows]
     context_lengths = encoded_contexts.ids.lengths[context_rows]
     room = max_length - template.num_special - question_lengths
-    is_cut = context_lengths > room
-    _require_room(examples, question_lengths, (room < 1) | (is_cut & (room <= stride)), max_length, stride, template)
+    has_no_room = (room < 1) | ((context_lengths > room) & (room <= stride))
+    _require_room(examples, question_lengths, has_no_room, max_length, stride, template)
 
     owner, begin, end = cut_windows(context_lengths, room, stride)
     first, last = _answer_tokens(examples, context_rows, _without_spaces(contexts, encoded_contexts, tokenizer))
     held = (first[owner] >= begin) & (last[owner] < end)
 
-    with_types = "token_type_ids" in tokenizer.model_input_names
     tables = []
     for chunk in np.array_split(np.arange(len(owner)), -(-len(owner) // WINDOWS_PER_CHUNK)):
         question, context = question_rows[owner[chunk]], context_rows[owner[chunk]]
         source = encoded_contexts.ids.offsets[context] + begin[chunk]
         size = end[chunk] - begin[chunk]
-        ids, types, context_begin = _assemble(
-            template, encoded_questions.ids, question, encoded_contexts.ids, source, size
-        )
+        asked, read = encoded_questions.ids, encoded_contexts.ids
+        ids, types, context_begin = _assemble(template, asked, question, read, source, size)
         cls = template.no_answer + (ids.lengths if template.no_answer < 0 else np.zeros_like(ids.lengths))
-        shift = context_begin - begin[chunk]
-        tokens = ranges(source, size)
+        shift, tokens = context_begin - begin[chunk], ranges(source, size)
         columns = {
             "example": pa.array(owner[chunk].astype(np.int32)),
             "input_ids": ids.to_arrow(),
@@ -174,7 +169,7 @@ def build_features(
             "char_starts": Ragged.from_lengths(encoded_contexts.starts[tokens].astype(np.int32), size).to_arrow(),
             "char_ends": Ragged.from_lengths(encoded_contexts.ends[tokens].astype(np.int32), size).to_arrow(),
         }
-        if with_types:
+        if "token_type_ids" in tokenizer.model_input_names:
             columns["token_type_ids"] = types.to_arrow()
         tables.append(pa.table(columns))
     return pa.concat_tables(tables)

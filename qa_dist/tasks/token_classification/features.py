@@ -80,6 +80,17 @@ def encode_words(words: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Ra
     return Ragged.from_lengths(values, lengths)
 
 
+def _room(template: TextTemplate, max_length: int) -> int:
+    """Return the most tokens of a text that a window holds. Raises `UserError` where there are none."""
+    room = max_length - template.num_special
+    if room < 1:
+        raise UserError(
+            f"data.max_length: {max_length} leaves no room beside the {template.num_special} special tokens of a "
+            "window; raise it"
+        )
+    return room
+
+
 def build_features(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
@@ -100,12 +111,7 @@ def build_features(
     `IGNORED`. Raises it for windows that hold nothing, too.
     """
     template = TextTemplate.of(tokenizer)
-    room = max_length - template.num_special
-    if room < 1:
-        raise UserError(
-            f"data.max_length: {max_length} leaves no room beside the {template.num_special} special tokens of a "
-            "window; raise it"
-        )
+    room = _room(template, max_length)
     offsets, ids, word, label = _tokens(examples, tokenizer, labels, lenient)
     lengths = np.diff(offsets)
     if room <= stride and (lengths > room).any():

@@ -144,7 +144,7 @@ class TokenClassification(Task):
 
     def windows(self, examples: list[Example]) -> TokenClassificationFeatures:
         """Those of `examples`, in memory and without labels."""
-        sizes = {"max_length": self.config.data.max_length, "stride": self.config.data.stride}
+        sizes: dict[str, Any] = {"max_length": self.config.data.max_length, "stride": self.config.data.stride}
         table = features.build_features(examples, self.tokenizer, None, **sizes).combine_chunks()
         return self._features(table, "", lambda: Examples(examples), None, labelled=False)
 
