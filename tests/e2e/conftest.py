@@ -29,7 +29,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def pushed(hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    """A run whose states of steps 24 and 26 and whose model are on the Hub."""
+    """A run whose state of step 26, an earlier one, and whose model are on the Hub."""
     run = tmp_path / "pushed"
     code, _, message = train(capsys, run)
     assert code == 0, message
