@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ from qa_dist.checkpoint.manifest import DamagedError, File
 
 MAIN = "main"
 """The branch that holds what people load."""
+DOWNLOAD_TRIES = 6
+"""Tries of one download without progress."""
 MOST_ENTRIES = 20_000
 """Of one folder; more is not something that this package has written."""
 UNKNOWN_QUESTION = (404, 405, 501)
@@ -177,8 +179,11 @@ class Repository:
                 return None
             return bytes(content)
 
-    def download(self, path: str, commit: str, target: Path, expected: File, tries: int = 6) -> None:
-        """Fetch a file, and go on where a broken connection left off. Not a byte more than `expected` has is written.
+    def download(
+        self, path: str, commit: str, target: Path, expected: File, given_up: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Fetch a file, and continue where a broken connection left off. Not a byte more than `expected` has is
+        written, and none once `given_up` returns True.
 
         Raises `DamagedError` unless it is what is `expected`.
         """
@@ -187,7 +192,7 @@ class Repository:
             attempt += 1
             try:
                 with troubles():
-                    self._fetch_rest(path, commit, target, expected)
+                    self._fetch_rest(path, commit, target, expected, given_up)
                 if (found := File.of(target)).is_same(expected):
                     return
                 raise DamagedError(f"{path} is not what its manifest says (sha256 {found.sha256[:12]}…)")
@@ -200,11 +205,11 @@ class Repository:
                 size = target.stat().st_size if target.is_file() else 0
                 if size - reached >= max(2**20, expected.size // 100):  # it gets on
                     attempt, reached = 0, size
-                if error.remedy is not Remedy.RETRY or attempt >= tries:
+                if error.remedy is not Remedy.RETRY or attempt >= DOWNLOAD_TRIES or given_up():
                     raise
                 time.sleep(max(error.retry_after, random.uniform(0.5, 1) * min(2**attempt, 30)))
 
-    def _fetch_rest(self, path: str, commit: str, target: Path, expected: File) -> None:
+    def _fetch_rest(self, path: str, commit: str, target: Path, expected: File, given_up: Callable[[], bool]) -> None:
         """Append to `target` what it lacks."""
         done = target.stat().st_size if target.is_file() else 0
         if done >= expected.size > 0:
@@ -217,6 +222,8 @@ class Repository:
                 done += len(chunk)
                 if done > expected.size:
                     raise DamagedError(f"{path} is longer than its manifest says ({expected.size:,} bytes)")
+                if given_up():
+                    raise HubError(f"{path} is not needed any more", Remedy.NONE)
                 file.write(chunk)
         if done < expected.size:
             raise ConnectionError(f"{path}: the connection ended after {done:,} of {expected.size:,} bytes")

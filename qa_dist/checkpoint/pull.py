@@ -6,6 +6,7 @@ be executed is fetched.
 """
 
 import shutil
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -130,17 +131,22 @@ def pull(
 
 def fetch_files(repository: Repository, folder: str, commit: str, files: Mapping[str, File], directory: Path) -> None:
     """Fetch `files` of a folder in the repository, a few at a time. Raises as `Repository.download` does."""
-    pool = ThreadPoolExecutor(AT_ONCE)
+    pool, given_up = ThreadPoolExecutor(AT_ONCE), threading.Event()
 
     def fetch(file: str) -> None:
         path = directory / file
-        repository.download(f"{folder}/{file}".lstrip("/"), commit, path, files[file])
+        repository.download(f"{folder}/{file}".lstrip("/"), commit, path, files[file], given_up.is_set)
         flush(path)
 
     try:
         for done in [pool.submit(fetch, file) for file in files]:
             done.result()
-    finally:  # what hangs must not hold up a person who has had enough
+    except Exception:  # nothing may write into the directory once this returns
+        given_up.set()
+        pool.shutdown(cancel_futures=True)
+        raise
+    finally:  # a download that hangs must not hold up a person who interrupts
+        given_up.set()
         pool.shutdown(wait=False, cancel_futures=True)
 
 
