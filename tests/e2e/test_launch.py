@@ -204,7 +204,7 @@ def test_time_that_is_up(started):
 
 
 def test_the_time_limit_of_a_slurm_job(started):
-    process, run = started(SLURM_JOB_ID="17", SLURM_JOB_END_TIME=str(int(time.time()) + 20))
+    process, run = started(SLURM_JOB_ID="17", SLURM_JOB_END_TIME=str(int(time.time()) + 45))
     output = end_of(process)
     assert process.returncode == 75, output
     assert "the SLURM job's time limit is near" in read_status(run)["reason"]

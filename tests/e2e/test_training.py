@@ -281,12 +281,13 @@ def test_an_error_on_the_main_process_ends_all_of_them(launcher: Launcher, tmp_p
     assert "qa_dist/cli.py" not in launch.output  # no rank died of another's end
 
 
+@pytest.mark.timeout(600)
 def test_the_demo_reaches_90_percent(launcher: Launcher, tmp_path: Path):
     """launch/demo.sh without the installation."""
     configs = ["--config_file", str(ROOT / "configs/accelerate/cpu_zero2.yaml"), "--main_process_port", "0"]
     command = [*launcher.command("zero2", 2)[:3], "launch", *configs, "-m", "qa_dist", "train"]
     process = launcher.start([*command, "--config", "configs/demo.yaml", "--run.output_dir", str(tmp_path / "demo")])
-    output, _ = process.communicate(timeout=290)
+    output, _ = process.communicate(timeout=590)
     assert process.returncode == 0, output
     metrics = json.loads((tmp_path / "demo/metrics.json").read_text())
     assert metrics["history"][0]["exact_match"] < 5
