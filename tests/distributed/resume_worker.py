@@ -1,6 +1,5 @@
 """Loads checkpoints, one after the other, into one engine, and says which losses follow."""
 
-import dataclasses
 import json
 import os
 import sys
@@ -54,7 +53,7 @@ def main() -> None:
     found = {}
     for path in paths:
         training.resume(Checkpoint(path, Manifest.read(path)), in_place=False)
-        progress = dataclasses.replace(training.progress)
+        progress = training.progress.model_copy()
         batches = training.plan.batches(progress.epoch)[progress.batches_done :]
         losses = []
         for i, batch in enumerate(batches[:STEPS]):
