@@ -49,10 +49,10 @@ class Job:
     def node_log(self, node: int) -> str:
         return (self.run / f"logs/node-{node}.log").read_text()
 
-    def ended(self, seconds: float = 90) -> dict[str, str]:
+    def ended(self, seconds: float = 200) -> dict[str, str]:
         return self.cluster.wait(self.id, ENDED, timeout=seconds)
 
-    def wait(self, condition: Callable[[], object], seconds: float = 60) -> None:
+    def wait(self, condition: Callable[[], object], seconds: float = 150) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, f"{self.log}\n{self.node_log(0)}"
@@ -193,7 +193,7 @@ def test_a_node_whose_launcher_dies_is_a_failure_and_not_a_stop(submit, cluster:
     last = [node for node in cluster.nodes if node != cluster.job(job.id)["BatchHost"]]
     agents = [one for node in last for one in cluster.processes(node, "qa_dist.launching.agent")]
     agents[0].kill()
-    job.wait(lambda: "requeueing (restarts without a new checkpoint: 0 of 3)" in job.log, 60)
+    job.wait(lambda: "requeueing (restarts without a new checkpoint: 0 of 3)" in job.log)
     assert "the launcher of the processes was killed by signal 9 (SIGKILL)" in job.log
     assert "ended: failed, exit code 1" in job.log
     assert job.ended()["JobState"] == "COMPLETED", job.log
