@@ -19,8 +19,9 @@ PATIENCE = 30.0
 """Seconds that what has been asked to end may take."""
 SHARED_THREADS = ("fsspecIO", "tqdm_monitor")
 """Names of threads that libraries start once for a whole process."""
-SHARED_PROCESSES = ("multiprocessing.resource_tracker", "multiprocess.resource_tracker")
-"""Parts of the command lines of processes that libraries start once for a whole process."""
+SHARED_PROCESSES = ("multiprocessing.resource_tracker", "multiprocess.resource_tracker", "slurmd -D -N")
+"""Parts of the command lines of processes that libraries start once for a whole process, and of the daemons of the
+tests' SLURM: a test that ends one starts it again, for the tests after it."""
 
 Alive = dict[object, str]
 """Thread, or number and start of a process -> what it is, for people."""
