@@ -181,9 +181,6 @@ def rank_main(cell: dict[str, Any], result: Path) -> None:
     launch = LaunchEnvironment.read()
     launch.announce()
     engine = Engine(launch, timeout_minutes=1)
-    if engine.accelerator.deepspeed_plugin is not None:  # buckets of 500 million elements take seconds to allocate
-        sizes = {"reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000}
-        engine.accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"] |= sizes
     found = initial_weights(engine, cell["reordered"]) if cell["what"] == "initial" else trained(engine, cell)
     assert isinstance(engine.strategy, DataParallel) == (cell["engine"] == "ddp")
     if engine.is_main:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from qa_dist.checkpoint.state import Part
 from qa_dist.training.strategies.base import MakeOptimizer, NonFiniteGradientError, Strategy, Update
 
+BUCKET_VALUES = 500_000_000
+"""DeepSpeed's default size of the bucket in which gradients are reduced."""
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What DeepSpeed's dynamic loss scaler remembers."""
 
@@ -42,6 +44,9 @@ class DeepSpeed(Strategy):
         # With offloading, Accelerate would replace AdamW by DeepSpeed's own. That one multiplies powers of the betas
         # from step to step, but computes them anew after a jump of the step count: a resumed run would differ.
         config["zero_force_ds_cpu_optimizer"] = False
+        # DeepSpeed allocates the bucket whole. Its default takes 2 GB in float32, also beside a model of 90 MB.
+        values = sum(parameter.numel() for parameter in model.parameters())
+        config["zero_optimization"].setdefault("reduce_bucket_size", min(values, BUCKET_VALUES))
         optimizer = make_optimizer(model)
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # until the first step sets it
