@@ -2,16 +2,18 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich.box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch.utils.tensorboard import SummaryWriter
 
 from qa_dist.reporting.run_directory import RunDirectory
 from qa_dist.tasks.task import FeatureSet
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 History = list[dict[str, Any]]
 
@@ -42,6 +44,8 @@ class Tracker:
         if not self.run.is_main:
             yield
             return
+        from torch.utils.tensorboard import SummaryWriter
+
         self._tensorboard = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=done + 1 if done else None)
         columns = (
             TextColumn("training"),

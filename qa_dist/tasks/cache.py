@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
-from datasets.config import HF_DATASETS_CACHE
 
 from qa_dist.errors import UserError
 
@@ -27,7 +26,7 @@ def cached_table(cache_dir: Path | None, key: str, build: Callable[[], pa.Table]
     A table appears under its key complete or not at all, so processes may ask for it at the same time.
     Raises `UserError` when the cache cannot be written.
     """
-    root = cache_dir or Path(HF_DATASETS_CACHE) / "qa_dist"
+    root = cache_dir or _default_directory()
     target = root / f"{key}.arrow"
     if not target.is_file():
         # one record batch, so that every column is mapped as one array
@@ -46,3 +45,9 @@ def cached_table(cache_dir: Path | None, key: str, build: Callable[[], pa.Table]
             ) from None
     with pa.ipc.open_stream(pa.memory_map(str(target))) as reader:
         return reader.read_all()
+
+
+def _default_directory() -> Path:
+    from datasets.config import HF_DATASETS_CACHE
+
+    return Path(HF_DATASETS_CACHE) / "qa_dist"

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet
 
@@ -156,7 +155,9 @@ def parquet_records(path: Path, data: bytes, named: str = "") -> Iterator[Record
         rows = table.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: the Parquet file cannot be read: {str(error).splitlines()[0]}") from None
-    names = names_of(datasets.Features.from_arrow_schema(table.schema).get(named)) if named else ()
+    from datasets import Features
+
+    names = names_of(Features.from_arrow_schema(table.schema).get(named)) if named else ()
     for i, values in enumerate(rows):
         if names and isinstance(values[named], list):
             values[named] = [names[n] if isinstance(n, int) and 0 <= n < len(names) else n for n in values[named]]

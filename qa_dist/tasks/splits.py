@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Generic, TypeVar
-
-import datasets
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from qa_dist.config import DataConfig, SyntheticConfig
 from qa_dist.errors import UserError, listing
 from qa_dist.tasks import reading
 from qa_dist.tasks.cache import fingerprint
 from qa_dist.tasks.reading import Record
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Item = TypeVar("Item")
 
@@ -153,15 +154,17 @@ class ExampleSplit(ABC, Generic[Item]):
         return self.named([Record(row, f"{name}, row {i + 1}") for i, row in enumerate(self.dataset.to_list())], name)
 
     @cached_property
-    def dataset(self) -> datasets.Dataset:
+    def dataset(self) -> "Dataset":
         return load_dataset(self.config.dataset or "", self.config.dataset_config, self._dataset_split or "")
 
 
-def load_dataset(name: str, config_name: str | None, split: str) -> datasets.Dataset:
+def load_dataset(name: str, config_name: str | None, split: str) -> "Dataset":
     """A split of a data set: an id on the Hugging Face Hub, or a directory that `datasets` has written or can read.
 
     Raises `UserError` when there is none, or the Hub cannot be reached.
     """
+    import datasets
+
     path = Path(name).expanduser()
     try:
         if (path / "dataset_dict.json").is_file():

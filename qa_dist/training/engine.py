@@ -33,7 +33,6 @@ from qa_dist.checkpoint.manifest import Launch
 from qa_dist.config import RunConfig
 from qa_dist.errors import NotPushedError, TrainingError, UserError
 from qa_dist.tasks.task import Batch
-from qa_dist.training.extension_lock import use_kernel_locks
 from qa_dist.training.launch_environment import LaunchEnvironment
 from qa_dist.training.strategies import NO_CLIPPING, DataParallel, Strategy, strategy_for
 from qa_dist.training.varlen import obstacle, packed, run_model, switch_on
@@ -82,7 +81,10 @@ class Engine:
         """Join the process group. Raises `UserError` when fewer processes found each other than were started, or
         the launch config names an engine that is not supported. `watchdog`: one that is watching already."""
         _quieten()
-        use_kernel_locks()
+        if launch.use_deepspeed:  # which compiles an extension
+            from qa_dist.training.extension_lock import use_kernel_locks
+
+            use_kernel_locks()
         self.watchdog = watchdog or Watchdog(launch.rank, launch.world_size, math.inf, math.inf)
         self.watchdog.joining()
         # Without a backend named, Accelerate chooses none for DeepSpeed on a machine without accelerators, and

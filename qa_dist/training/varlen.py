@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
 from transformers.utils.generic import ModelOutput
 
 from qa_dist.tasks.task import Batch
@@ -122,9 +121,6 @@ def _attention(
     return kernel(q, k, v, cu_seq_lens, longest_window, scaling)[None], None
 
 
-AttentionInterface.register(NAME, _attention)
-
-
 # -------------------------------------------------------------------------------------------- switching it on
 
 
@@ -146,6 +142,9 @@ def obstacle(model: nn.Module, device: torch.device, mixed_precision: str) -> st
 
 def switch_on(model: nn.Module) -> int:
     """Make `model`, of one of the `FAMILIES`, compute attention on packed windows. Returns the first position."""
+    from transformers import AttentionInterface
+
     plain: Any = model
+    AttentionInterface.register(NAME, _attention)
     plain.set_attn_implementation(NAME)
     return (plain.config.pad_token_id or 0) + 1 if plain.config.model_type in ROBERTA_LIKE else 0

@@ -31,8 +31,8 @@ from qa_dist.errors import UserError
 from qa_dist.tasks.question_answering.answers import find_answers
 from qa_dist.tasks.question_answering.data import Example, Examples, check_records
 from qa_dist.tasks.question_answering.decoding import candidates
+from qa_dist.tasks.question_answering.evaluate_metric import ExtractiveAnswerMetric
 from qa_dist.tasks.question_answering.features import QuestionAnsweringFeatures, build_features
-from qa_dist.tasks.question_answering.metric import ExtractiveAnswerMetric
 from qa_dist.tasks.question_answering.reading import read_file
 from qa_dist.tasks.tokenizer import load_tokenizer
 from qa_dist.training.batching import evaluation_batches

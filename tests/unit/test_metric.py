@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qa_dist.tasks.question_answering.answers import Texts
+from qa_dist.tasks.question_answering.evaluate_metric import ExtractiveAnswerMetric
 from qa_dist.tasks.question_answering.metric import (
-    ExtractiveAnswerMetric,
     best_threshold,
     exact_match,
     f1,

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qa_dist.tasks.token_classification.metric import EntityMetric, score_labels
+from qa_dist.tasks.token_classification.evaluate_metric import EntityMetric
+from qa_dist.tasks.token_classification.metric import score_labels
 from qa_dist.tasks.token_classification.scheme import OUTSIDE, Entity, entities_of, in_order, is_label, loose_starts
 from tests.seqeval_figures import FILE
 
