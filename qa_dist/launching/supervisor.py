@@ -207,13 +207,16 @@ def account(
     spoken = sorted((note for note in notes if note.code), key=lambda note: note.ended_at)
     first = min([*(note.ended_at for note in spoken), *gone.values()], default=math.inf)
     silent = sorted(note.rank for note in notes if note.code is None)
-    # Those that ended later were told to, by the launcher underneath or by this one.
-    died = [rank for rank in silent if rank in gone and gone[rank] <= first + TOGETHER_SECONDS]
+    # Those that ended later were told to, by the launcher underneath or by this one; as were those that it has sent
+    # SIGTERM at once, while they were still importing and could say nothing.
+    ended = [rank for rank in silent if codes.get(rank) == -signal.SIGTERM and gone.get(rank, 0) > first]
+    died = [r for r in silent if r in gone and gone[r] <= first + TOGETHER_SECONDS and r not in ended]
     cut_off = [rank for rank in silent if rank not in died]
     lines = [f"{_ranks(cut_off)} had to be ended"] if cut_off else []
     lines += [f"{_ranks([note.rank for note in group])}: {text}" for text, group in _grouped(reversed(spoken))]
     lines += [f"{_ranks([rank])} {_how(codes.get(rank))}" for rank in died]
-    lines += [f"{_ranks([one.rank])} {_how(one.code)}" for one in exits if one.rank not in begun]
+    unheard = [one for one in exits if one.rank not in begun and not (spoken and one.code == -signal.SIGTERM)]
+    lines += [f"{_ranks([one.rank])} {_how(one.code)}" for one in unheard]
     if agent_code < 0 and not died:
         lines.append(f"the launcher of the processes was killed by {_signal(-agent_code)}")
     elif agent_code and not lines:
