@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Fine-tune and evaluate a small model from scratch: two processes on CPU, DeepSpeed ZeRO-2, no network.
+# Fine-tune and evaluate a small model from scratch: two processes on CPU, DeepSpeed ZeRO-2 (DDP where DeepSpeed is not
+# installed), no network.
 #   launch/demo.sh [--section.key VALUE ...]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,5 +17,7 @@ done
 # One process per core, so that the two do not fight over them.
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 2 ? cores / 2 : 1))}
-exec accelerate launch --config_file configs/accelerate/cpu_zero2.yaml \
+config=cpu_zero2
+python -c 'import sys; from qa_dist.installed import has_deepspeed; sys.exit(not has_deepspeed())' || config=cpu_ddp
+exec accelerate launch --config_file configs/accelerate/$config.yaml \
     -m qa_dist train --config configs/demo.yaml --run.output_dir "$output_dir" "$@"

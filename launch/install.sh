@@ -2,17 +2,24 @@
 # Install qa_dist with the tested versions into .venv, which is made if it isn't there.
 #   launch/install.sh [EXTRA ...]        extras: test, dev
 # Prints a line for each stage, with its duration. Does nothing when that has been done before and neither pyproject.toml
-# nor the constraints have changed since; goes on where an interrupted attempt has stopped.
+# nor the constraints have changed since; goes on where an interrupted attempt has stopped. Without g++ it leaves out
+# DeepSpeed, and the next call with g++ adds it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 extras=$(IFS=,; echo "$*")
 venv=.venv
 stamp=$venv/.installed-${extras:-none}
-wanted=$(cat pyproject.toml launch/constraints.txt | cksum)
-if [ -x "$venv/bin/accelerate" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+compiler=$(command -v g++ || true)
+wanted="$(cat pyproject.toml launch/constraints.txt | cksum)${compiler:+ with DeepSpeed}"
+for done in "$venv"/.installed-*; do # by this call or one with more extras
+    [ -x "$venv/bin/accelerate" ] && [ -f "$done" ] || continue
+    case $(cat "$done") in "$wanted" | "$wanted with DeepSpeed") ;; *) continue ;; esac
+    for extra in "$@"; do
+        case ",${done##*.installed-}," in *",$extra,"*) ;; *) continue 2 ;; esac
+    done
     exit 0
-fi
+done
 
 python=${PYTHON:-}
 for candidate in python3 python3.11 python3.12 python3.13 python; do
@@ -23,9 +30,9 @@ if [ -z "$python" ]; then
     echo "launch/install.sh: no Python 3.11 or newer was found; install one, or name it: PYTHON=/path/to/python $0" >&2
     exit 2
 fi
-if ! command -v g++ >/dev/null; then
-    echo "launch/install.sh: g++ was not found; DeepSpeed compiles a small extension with it. Install g++" >&2
-    exit 2
+if [ -z "$compiler" ]; then
+    echo "launch/install.sh: g++ was not found, and DeepSpeed is left out, which is compiled with it. DDP and FSDP2 work" >&2
+    echo "without DeepSpeed. To add it, install g++ and run the same command again" >&2
 fi
 
 log=$(mktemp "${TMPDIR:-/tmp}/qa_dist-install-XXXXXX.log")
@@ -74,9 +81,7 @@ install_torch() {
     wheels "$torch"
 }
 
-# As an entry of the path: setuptools' default would be looked at after the current directory, in which a clone named
-# qa_dist would be taken for the package.
-install_package() { wheels --config-settings editable_mode=compat --editable ".${extras:+[$extras]}"; }
+install_package() { wheels --editable ".${extras:+[$extras]}"; }
 
 # Compile DeepSpeed's communication extension now, in one process, rather than in all ranks of the first run. It
 # depends on the environment's path, so one shared by several would be compiled again and again.
@@ -90,10 +95,11 @@ compile_extension() {
 
 echo "installing qa_dist${extras:+ with extras $extras} into $venv"
 stage "virtual environment" make_environment
-stage "build tools" wheels pip setuptools wheel
+stage "build tools" wheels pip setuptools wheel hatchling
 stage "PyTorch" install_torch
-stage "DeepSpeed (built from source)" pip --no-deps "$(grep '^deepspeed==' launch/constraints.txt)"
+[ -z "$compiler" ] || stage "DeepSpeed (built from source)" pip --no-deps "$(grep '^deepspeed==' launch/constraints.txt)"
+[ -z "$compiler" ] || extras=deepspeed${extras:+,$extras}
 stage "qa_dist and its other dependencies" install_package
-stage "compiling DeepSpeed's extension" compile_extension
+[ -z "$compiler" ] || stage "compiling DeepSpeed's extension" compile_extension
 echo "$wanted" >"$stamp"
 rm -f "$log"

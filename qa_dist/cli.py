@@ -18,7 +18,17 @@ import tyro
 
 from qa_dist import __version__, checks, scoring
 from qa_dist.config import RunConfig
-from qa_dist.config_sources import Problem, Source, from_flags, from_yaml, leaves, reference, resolve, to_yaml
+from qa_dist.config_sources import (
+    Problem,
+    Source,
+    from_flags,
+    from_yaml,
+    leaves,
+    reference,
+    resolve,
+    settings_file,
+    to_yaml,
+)
 from qa_dist.errors import TrainingError, UserError
 from qa_dist.launch_directory import LaunchDirectory, conclude
 from qa_dist.reporting.run_name import default_name, model_directory
@@ -191,10 +201,10 @@ def _get(args: list[str]) -> int:
 def _read(command: str, args: list[str]) -> tuple[list[Source], dict[str, str | None]]:
     """The settings that `args` give, and the command's own options."""
     own = {"score": scoring.OPTIONS, "train": TRAIN_OPTIONS, "config show": TRAIN_OPTIONS}
-    extra = {"config": "YAML file with settings."} | own.get(command, {})
+    extra = {"config": "YAML file with settings, or the name of one in configs/, such as demo."} | own.get(command, {})
     flags, options = from_flags(args, f"qa-dist {command}", COMMANDS[command], extra)
     config_file = options["config"]
-    sources = [*([from_yaml(Path(config_file))] if config_file else []), flags]
+    sources = [*([from_yaml(settings_file(config_file))] if config_file else []), flags]
     return [default_name(command, config_file, sources), *sources], options
 
 

@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 
 from qa_dist.config import RunConfig, Section
 from qa_dist.errors import UserError
+from qa_dist.installed import shipped_configs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,12 @@ _Loader.yaml_implicit_resolvers = {
     first: sorted(resolvers, key=lambda item: item[0] == "tag:yaml.org,2002:float")
     for first, resolvers in _Loader.yaml_implicit_resolvers.items()
 }
+
+
+def settings_file(name: str) -> Path:
+    """Return the file that `--config` names: a path, or the name of a file in configs/ without `.yaml`."""
+    path, shipped = Path(name), shipped_configs() / f"{name}.yaml"
+    return shipped if not path.exists() and path.name == name and shipped.is_file() else path
 
 
 def from_yaml(path: Path) -> Source:

@@ -18,6 +18,7 @@ from torch import nn
 
 from qa_dist.config import RunConfig
 from qa_dist.errors import UserError
+from qa_dist.installed import has_deepspeed
 from qa_dist.reporting.environment import host_memory, software
 from qa_dist.training.engine import Engine
 from qa_dist.training.health import peak_flops
@@ -125,6 +126,8 @@ def _all_reduce(engine: Engine) -> str:
 
 
 def _deepspeed_ops(launch: LaunchEnvironment, problems: list[str]) -> str:
+    if not has_deepspeed():
+        return "DeepSpeed is not installed"
     tools = {name: shutil.which(name) is not None for name in ("g++", "ninja")}
     missing = [name for name, found in tools.items() if not found]
     if not missing:
@@ -149,24 +152,22 @@ class Need:
     """Bytes of weights, gradients and optimizer states."""
 
 
-def needs(parameters: int, largest_layer: int, processes: int, nodes: int) -> list[Need]:
-    """The engines, fastest first, with DeepSpeed's own estimates for its stages 2 and 3; DDP keeps 16 bytes per
-    weight and its buckets 4, ZeRO-1 the 16-bit weights and gradients and its part of the rest (Rajbhandari et al.
-    2020, section 3.1)."""
-    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as zero_3
-    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as zero_2
+def needs(parameters: int, largest_layer: int, processes: int, *, has_deepspeed: bool = True) -> list[Need]:
+    """Return the engines that are installed, fastest first, with what each keeps on a device.
 
-    each = max(processes // nodes, 1)
-    buckets = 4 if processes > 1 else 0
+    DDP keeps 16 bytes per weight and its buckets 4; FSDP2 shards the 16 and holds a gathered layer; ZeRO-1 keeps the
+    16-bit weights and gradients and its part of the rest (Rajbhandari et al. 2020, section 3.1). Stages 2 and 3 are as
+    DeepSpeed estimates them (`estimate_zero2_model_states_mem_needs`, `estimate_zero3_model_states_mem_needs`).
+    """
+    ddp = Need("ddp", (16 + (4 if processes > 1 else 0)) * parameters)
+    if not has_deepspeed:
+        return [ddp, Need("fsdp2", 4 * largest_layer + 16 * parameters / processes)]
     return [
-        Need("ddp", (16 + buckets) * parameters),
+        ddp,
         Need("zero1", (2 + 4 + 12 / processes) * parameters),
-        Need("zero2", zero_2(parameters, each, nodes, cpu_offload=False)[1]),
-        Need("zero3", zero_3(parameters, largest_layer, each, nodes, cpu_offload=False, cpu_offload_params=False)[1]),
-        Need(
-            "zero3_offload",
-            zero_3(parameters, largest_layer, each, nodes, cpu_offload=True, cpu_offload_params=True)[1],
-        ),
+        Need("zero2", 2 * parameters + 18 * parameters / processes),
+        Need("zero3", 4 * largest_layer + 18 * parameters / processes),
+        Need("zero3_offload", 4 * largest_layer),
     ]
 
 
@@ -195,7 +196,7 @@ class Estimate:
         return next(((need.engine, windows) for need, windows in self.fits if windows >= 1), None)
 
 
-def estimate(config: RunConfig, devices: int, nodes: int, bytes_per_value: int) -> Estimate:
+def estimate(config: RunConfig, devices: int, bytes_per_value: int) -> Estimate:
     """For `config.model.name` on `devices` of the kind that this machine has. Raises `UserError` without such a
     model."""
     model = _empty_model(config)
@@ -207,25 +208,24 @@ def estimate(config: RunConfig, devices: int, nodes: int, bytes_per_value: int) 
     window = activations_per_window(shape.num_hidden_layers, shape.hidden_size, config.data.max_length, bytes_per_value)
     fits = [
         (need, max(int((HEADROOM * total - need.states) // window), 0))
-        for need in needs(parameters, largest, devices, nodes)
+        for need in needs(parameters, largest, devices, has_deepspeed=has_deepspeed())
     ]
     return Estimate(parameters, devices, total, window, fits)
 
 
-def fitting_engine(config: RunConfig, devices: int, nodes: int) -> str:
+def fitting_engine(config: RunConfig, devices: int) -> str:
     """The launch config in configs/accelerate for `config` on GPUs: the fastest one under which the model fits. Raises
     `UserError` for a model that cannot be looked at."""
     if config.model.name is None:
         return "ddp"
-    best = estimate(config, devices, nodes, 2).best
-    return best[0] if best else "zero3_offload"
+    found = estimate(config, devices, 2)
+    return found.best[0] if found.best else found.fits[-1][0].engine  # the one that keeps least on a device
 
 
 def _memory(config: RunConfig, launch: LaunchEnvironment) -> "Table":
     on_gpu = torch.cuda.is_available()
     devices = torch.cuda.device_count() if on_gpu and launch.world_size == 1 else launch.world_size
-    nodes = max(launch.world_size // max(launch.local_world_size, 1), 1)
-    found = estimate(config, devices, nodes, 4 if launch.mixed_precision == "no" else 2)
+    found = estimate(config, devices, 4 if launch.mixed_precision == "no" else 2)
     title = (
         f"{config.model.name}: {found.parameters / 1e6:.1f} M parameters on {devices} x "
         f"{found.memory / 2**30:.0f} GiB; windows of {config.data.max_length} tokens take "
@@ -239,7 +239,7 @@ def _memory(config: RunConfig, launch: LaunchEnvironment) -> "Table":
     else:
         engine, windows = found.best
         micro = 2 ** min(windows.bit_length() - 1, 7)
-        name = engine if on_gpu else "cpu_ddp" if engine == "ddp" else "cpu_zero2"
+        name = engine if on_gpu else "cpu_zero2" if engine.startswith("zero") else "cpu_ddp"
         size = f"--train.micro_batch_size {micro} or less"
         table.caption = f"recommended: configs/accelerate/{name}.yaml, {size}; these are estimates"
     return table

@@ -12,10 +12,11 @@ from typing import Any
 import yaml
 
 from qa_dist.errors import TrainingError, UserError
+from qa_dist.installed import NO_DEEPSPEED, has_deepspeed, shipped_configs
 from qa_dist.launch_directory import EXPECTED_WORLD
 from qa_dist.launching.probe import Probe
 
-CONFIGS = Path(__file__).parent.parent.parent / "configs" / "accelerate"
+CONFIGS = shipped_configs() / "accelerate"
 """The launch configs that come with the project."""
 
 OPTIONS = {
@@ -148,6 +149,8 @@ def plan(options: Options, program: Sequence[str], environ: Mapping[str, str], l
     if precision is None and found.no_bf16 and content.get("mixed_precision") == "bf16":
         precision = "fp16"
     deepspeed = str(content.get("distributed_type", "")).upper() == "DEEPSPEED"
+    if deepspeed and not has_deepspeed():
+        raise UserError(f"--config_file: {path.name}: {NO_DEEPSPEED}")
     return Plan(path, deepspeed, machines, count, precision, tuple(program))
 
 
@@ -155,11 +158,6 @@ def launch_config(name: str | None) -> Path:
     """The file that `name` is, or is short for. Raises `UserError`."""
     path = Path(name or "")
     found = path if path.suffix in (".yaml", ".yml", ".json") or path.is_file() else CONFIGS / f"{name}.yaml"
-    if not found.is_file() and not CONFIGS.is_dir():
-        raise UserError(
-            f"--config_file: {name}: there is no such launch config, and those of the project are not installed with "
-            "the package; name a file, or install from a clone (pip install --editable)"
-        )
     if not found.is_file():
         known = ", ".join(sorted(one.stem for one in CONFIGS.glob("*.yaml")))
         raise UserError(f"--config_file: {name}: there is no such launch config; name a file, or one of: {known}")

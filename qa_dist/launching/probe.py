@@ -56,7 +56,7 @@ def main() -> None:
     if torch.cuda.is_available():
         devices = torch.cuda.device_count()
         try:
-            engine = doctor.fitting_engine(config, processes or devices * machines, machines)
+            engine = doctor.fitting_engine(config, processes or devices * machines)
             values = asdict(Probe(devices, not torch.cuda.is_bf16_supported(including_emulation=False), engine))
         except UserError as error:  # on one machine of several it must not end in another engine than theirs
             values = {"problem": f"{error}. Or name a launch config: --config_file"}

@@ -1,5 +1,6 @@
 """What a run was computed on and with, for whoever wants to do it again."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -16,8 +17,12 @@ def host_memory() -> int:
 
 
 def software() -> dict[str, str]:
-    """Name -> version."""
-    return {"Python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+    """Return the versions of Python and of the installed packages that matter, by name."""
+    found = {"Python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # an optional one
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def hardware() -> list[str]:

@@ -9,6 +9,7 @@ import torch
 
 from qa_dist.config import RunConfig
 from qa_dist.config_sources import Problem
+from qa_dist.installed import NO_DEEPSPEED, has_deepspeed
 from qa_dist.launch_directory import EXPECTED_WORLD
 
 
@@ -107,6 +108,8 @@ class LaunchEnvironment:
                 f"mixed_precision: {self.mixed_precision} (from the launch config) is not supported; set it to bf16"
             )
             problems.append(Problem((), message))
+        if self.use_deepspeed and not has_deepspeed():
+            problems.append(Problem((), NO_DEEPSPEED))
         problems += _deepspeed_file_problems(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
         if self.mixed_precision == "fp16" and self.on_cpu:
             problems.append(

@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import ROOT
 
-NEEDED = ("bash", "cat", "cksum", "dirname")
+NEEDED = ("bash", "cat", "cksum", "dirname", "grep", "mktemp", "rm", "sed", "tail")
 
 
 @pytest.fixture
@@ -69,22 +69,33 @@ def test_an_environment_that_is_complete_is_left_alone(project: Path, without_co
     wanted = subprocess.run(
         "cat pyproject.toml launch/constraints.txt | cksum",
         shell=True, cwd=project, check=True, stdout=subprocess.PIPE, text=True,
-    ).stdout  # fmt: skip
+    ).stdout.strip()  # fmt: skip
     (project / ".venv/bin").mkdir(parents=True)
     (project / ".venv/bin/accelerate").write_text("")
     (project / ".venv/bin/accelerate").chmod(0o755)
-    (project / ".venv/.installed-test").write_text(wanted)
+    stamp = project / ".venv/.installed-test,dev"
+    stamp.write_text(f"{wanted} with DeepSpeed\n")
     before = sorted(project.rglob("*"))
-    done = install(project, "test")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    for extras in ([], ["test"], ["dev"], ["test", "dev"]):
+        for path in (os.environ["PATH"], without_compiler):  # what was compiled elsewhere is complete
+            done = install(project, *extras, PATH=path)
+            assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert sorted(project.rglob("*")) == before
-    assert install(project, "test", "dev", PATH=without_compiler).returncode == 2  # it would begin
+    assert begins(project, "test", "deepspeed")
+    stamp.write_text(f"{wanted}\n")  # without a compiler, which is here now
+    assert begins(project, "test")
+    stamp.write_text("of other versions with DeepSpeed\n")
+    assert begins(project, "test")
 
 
-def test_no_compiler(project: Path, without_compiler: str):
-    done = install(project, PATH=without_compiler)
-    assert done.returncode == 2
-    assert done.stderr == (
-        "launch/install.sh: g++ was not found; DeepSpeed compiles a small extension with it. Install g++\n"
-    )
-    assert not (project / ".venv").exists()
+def begins(project: Path, *extras: str) -> bool:
+    """Return whether the script does not take the environment for complete: without any Python it goes no further."""
+    done = install(project, *extras, PYTHON="/nonexistent/python")
+    return done.returncode == 1 and "installing qa_dist" in done.stdout
+
+
+def test_without_a_compiler_deepspeed_is_left_out(project: Path, without_compiler: str):
+    done = install(project, PATH=without_compiler, PYTHON="/nonexistent/python")
+    assert "g++ was not found, and DeepSpeed is left out" in done.stderr
+    assert "install g++ and run the same command again" in done.stderr
+    assert done.stdout.startswith("installing qa_dist into .venv\n")

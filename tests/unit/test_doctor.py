@@ -19,11 +19,27 @@ ALONE = LaunchEnvironment.read()
 
 
 def test_memory_of_the_engines():
-    by_name = {need.engine: need.states for need in needs(1000, 100, processes=8, nodes=1)}
+    by_name = {need.engine: need.states for need in needs(1000, 100, processes=8)}
     assert by_name["ddp"] == 20_000  # float32 weights, gradients, two moments, and the buckets
     assert by_name["zero1"] == 7500
     assert by_name["zero3_offload"] < by_name["zero3"] < by_name["zero2"] < by_name["zero1"]
-    assert needs(1000, 100, processes=1, nodes=1)[0].states == 16_000
+    assert needs(1000, 100, processes=1)[0].states == 16_000
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_memory_is_what_deepspeed_estimates(nodes: int):
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as zero_3
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as zero_2
+
+    found = {need.engine: need.states for need in needs(4800, 100, processes=4 * nodes)}
+    assert found["zero2"] == zero_2(4800, 4, nodes, cpu_offload=False)[1]
+    assert found["zero3"] == zero_3(4800, 100, 4, nodes, cpu_offload=False, cpu_offload_params=False)[1]
+    assert found["zero3_offload"] == zero_3(4800, 100, 4, nodes, cpu_offload=True, cpu_offload_params=True)[1]
+
+
+def test_engines_where_deepspeed_is_not_installed():
+    found = {need.engine: need.states for need in needs(1000, 100, processes=8, has_deepspeed=False)}
+    assert found == {"ddp": 20_000, "fsdp2": 2400}
 
 
 def test_activations_are_estimated_about_right():
