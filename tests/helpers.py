@@ -20,10 +20,13 @@ from qa_dist.checkpoint.progress import Progress
 from qa_dist.tasks.question_answering.data import Example, Examples
 from qa_dist.tasks.question_answering.features import QuestionAnsweringFeatures, build_features
 from qa_dist.tasks.task import FeatureSet
+from tests.fork_server import ForkServer
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 """Real data and a real model, where they are there."""
+
+FORK_SERVER = ForkServer()
 
 TINY_BERT = {
     "model_type": "bert",
@@ -118,17 +121,23 @@ class Launcher:
         path.write_text(yaml.safe_dump(config))
         return path
 
-    def command(self, engine: str, processes: int, *program: str, **more: Any) -> list[str]:
+    def command(
+        self, engine: str, processes: int, *program: str, python: str = sys.executable, **more: Any
+    ) -> list[str]:
         config = self.config(engine, processes, **more)
         return [
-            *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
+            *(python, "-m", "accelerate.commands.accelerate_cli", "launch"),
             *("--config_file", str(config), *program),
         ]
 
     def run(self, engine: str, processes: int, *program: str, timeout: int = 120, **more: Any) -> Launch:
-        """`program`: a script and its arguments, or -m and a module."""
-        command = self.command(engine, processes, *program, **more)
-        process = self.start(command)
+        """Wait for the end of a launch. On CPUs launcher and ranks are forks of a process with all imports done.
+
+        `program`: a script and its arguments, or -m and a module."""
+        forked = more.get("use_cpu", True)
+        python = FORK_SERVER.python if forked else sys.executable
+        command = self.command(engine, processes, *program, python=python, **more)
+        process = self.start(command, forked_ranks=forked)
         try:
             output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -137,12 +146,14 @@ class Launcher:
             raise AssertionError(f"no end after {timeout} s:\n{output}") from None
         return Launch(process.returncode, output)
 
-    def start(self, command: Sequence[str], directory: Path = ROOT) -> subprocess.Popen[str]:
+    def start(
+        self, command: Sequence[str], directory: Path = ROOT, *, forked_ranks: bool = False
+    ) -> subprocess.Popen[str]:
         """In a process group of its own, so that the launcher and all ranks can be ended together."""
         process = subprocess.Popen(
             command,
             cwd=directory,
-            env=environment(),
+            env=environment(forked_ranks=forked_ranks),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -187,8 +198,14 @@ def kill_group(process: "subprocess.Popen[str]") -> None:
     process.wait()
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
+def environment(*, forked_ranks: bool = True) -> dict[str, str]:
+    """Return the environment of a command that may start ranks: by default as forks of a process with all imports done.
+
+    `PYTHON_EXEC` is what torchrun starts in place of `python`. Tests that signal, kill or limit single ranks take real
+    ones.
+    """
+    own = {"PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
+    return os.environ | own | ({"PYTHON_EXEC": FORK_SERVER.python} if forked_ranks else {})
 
 
 def tiny_flags(**changes: str) -> list[str]:

@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.helpers import FORK_SERVER
+
 MARK = "QA_DIST_TESTS"
 """In the environment of all processes that this one starts, so that those are found whose parent has ended."""
 PATIENCE = 30.0
@@ -55,7 +57,7 @@ class _Processes:
         for process in psutil.process_iter():
             try:
                 key = (process.pid, process.create_time())
-                if key in self._others or process.pid == own:
+                if key in self._others or process.pid in (own, FORK_SERVER.pid):
                     others.add(key)
                     continue
                 if process.status() == psutil.STATUS_ZOMBIE:

@@ -6,7 +6,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from qa_dist.config import SyntheticConfig
 from qa_dist.tasks.question_answering import synthetic
 from tests.browser import browser_page
 from tests.e2e.test_checkpoints import qa_dist as command
-from tests.helpers import ROOT, Launcher, environment, squad, tiny_flags
+from tests.helpers import FORK_SERVER, ROOT, Launcher, environment, squad, tiny_flags
 
 EXAMPLES = synthetic.generate(SyntheticConfig(train_examples=12, long_share=0.3, seed=9), "train")
 QUESTION, CONTEXT = EXAMPLES[0].question, EXAMPLES[0].context
@@ -48,7 +47,7 @@ def answerer(run: Path) -> QuestionAnswerer:
 def typed(*args: str, input: bytes) -> subprocess.CompletedProcess[bytes]:
     """In a process of its own, which has a standard input."""
     return subprocess.run(
-        [sys.executable, "-m", "qa_dist", *args], input=input, capture_output=True, env=environment(), timeout=120
+        [FORK_SERVER.python, "-m", "qa_dist", *args], input=input, capture_output=True, env=environment(), timeout=120
     )
 
 
@@ -124,7 +123,7 @@ def test_lines_in_and_lines_out(run: Path, answerer: QuestionAnswerer, tmp_path:
 
 def test_a_program_that_waits_for_each_answer_gets_it(run: Path):
     process = subprocess.Popen(
-        [sys.executable, "-m", "qa_dist", "answer", "--model", str(run), "--input", "-"],
+        [FORK_SERVER.python, "-m", "qa_dist", "answer", "--model", str(run), "--input", "-"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(),
     )  # fmt: skip
     assert process.stdin and process.stdout
@@ -141,7 +140,7 @@ def test_a_program_that_waits_for_each_answer_gets_it(run: Path):
 def test_a_reader_that_has_seen_enough(run: Path, tmp_path: Path):
     line = json.dumps({"question": QUESTION, "context": CONTEXT})
     (tmp_path / "many.jsonl").write_text(f"{line}\n" * 2000)
-    command = f"{sys.executable} -m qa_dist answer --model {run} --input {tmp_path}/many.jsonl"
+    command = f"{FORK_SERVER.python} -m qa_dist answer --model {run} --input {tmp_path}/many.jsonl"
     found = subprocess.run(
         ["bash", "-c", f"{command} | head -n 1; exit ${{PIPESTATUS[0]}}"],
         capture_output=True, env=environment(), text=True, cwd=ROOT, timeout=120,
@@ -283,7 +282,7 @@ def test_predictions_do_not_depend_on_the_processes_or_on_answers(
 def server(run: Path) -> Iterator[int]:
     """The port of a server that was started as a user does."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "qa_dist", "serve", "--model", str(run), "--port", "0", "--max_characters", "20000",
+        [FORK_SERVER.python, "-m", "qa_dist", "serve", "--model", str(run), "--port", "0", "--max_characters", "20000",
          "--timeout", "5"],
         stdout=subprocess.PIPE, env=environment(), text=True, cwd=ROOT,
     )  # fmt: skip

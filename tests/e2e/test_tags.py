@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import threading
 import urllib.error
 import urllib.request
@@ -25,7 +24,7 @@ from qa_dist.tasks.token_classification import synthetic
 from tests.browser import browser_page
 from tests.e2e.test_checkpoints import qa_dist as command
 from tests.e2e.test_token_classification import flags_of
-from tests.helpers import ROOT, environment
+from tests.helpers import FORK_SERVER, ROOT, environment
 
 EXAMPLES = synthetic.generate(SyntheticConfig(validation_examples=21, long_share=0.3), "validation")
 TEXT = "Ada Brunot was born in Graul . She works for Kelman Works ."
@@ -212,7 +211,7 @@ def test_the_command(run: Path, classifier: TokenClassifier, tmp_path: Path, cap
 @pytest.fixture(scope="module")
 def url(run: Path) -> Iterator[str]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "qa_dist", "serve", "--model", str(run), "--port", "0"],
+        [FORK_SERVER.python, "-m", "qa_dist", "serve", "--model", str(run), "--port", "0"],
         stdout=subprocess.PIPE, env=environment(), text=True, cwd=ROOT,
     )  # fmt: skip
     assert process.stdout

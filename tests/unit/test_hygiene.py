@@ -92,6 +92,8 @@ def test_what_is_left_behind_is_found(tmp_path: Path):
         "-rE",
         "-p",
         "no:cacheprovider",
+        "-p",
+        "no:warnings",
         "--rootdir",
         str(tmp_path),
         str(tmp_path),

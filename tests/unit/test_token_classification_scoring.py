@@ -2,13 +2,13 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qa_dist.cli import main
+from tests.helpers import FORK_SERVER
 
 GOLD = "Ada B-PER\nLovelace I-PER\nsaw O\nNew B-LOC\nYork I-LOC\n\nNobody O\ncame O\n\nParis B-LOC\nHilton I-LOC\n"
 FOUND = GOLD.replace("Paris B-LOC\nHilton I-LOC", "Paris B-PER\nHilton I-PER")
@@ -123,7 +123,7 @@ def test_a_file_that_is_not_there(tmp_path: Path):
     (tmp_path / "gold.conll").write_text(GOLD)
     flags = ["--task", "token_classification", "--data.validation_file", "gold.conll", "--predictions", "none.json"]
     done = subprocess.run(
-        [sys.executable, "-m", "qa_dist", "score", *flags], cwd=tmp_path, capture_output=True, text=True
+        [FORK_SERVER.python, "-m", "qa_dist", "score", *flags], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 2
     assert done.stderr == "qa-dist: none.json: cannot be read: No such file or directory\n"
