@@ -19,15 +19,33 @@ from collections.abc import Iterator  # noqa: E402
 
 import pytest  # noqa: E402
 
-from tests.helpers import Launcher  # noqa: E402
+from tests.helpers import FORK_SERVER, Launcher  # noqa: E402
 from tests.hub_server import HubServer, online  # noqa: E402
 
+LONGEST = [
+    f"tests/{name}.py"
+    for name in (
+        *("e2e/test_slurm", "e2e/test_launch", "e2e/test_readme", "e2e/test_training", "distributed/test_state"),
+        *("distributed/test_resume", "e2e/test_checkpoints", "distributed/test_engines", "e2e/test_hub"),
+        *("e2e/test_wheel", "e2e/test_several_machines", "e2e/test_throughput_settings"),
+        *("e2e/test_unusable_checkpoints", "e2e/test_hub_resume", "distributed/test_strategies"),
+    )
+]
+"""Files of tests, in the order in which they start where several run at a time."""
+
 pytest_plugins = ["tests.hygiene"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first, so that no worker is left with one of them at the end."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
 
 
 def pytest_unconfigure() -> None:
     import shutil
 
+    FORK_SERVER.close()
     shutil.rmtree(_cache, ignore_errors=True)
 
 

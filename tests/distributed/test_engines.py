@@ -30,15 +30,16 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("engine", "processes"),
     [
         ("ddp", 2),
-        ("ddp", 4),
-        ("zero0", 2),
-        ("zero1", 2),
-        ("zero2", 1),
-        ("zero2", 2),
+        ("zero2", 3),
         ("zero3", 3),
-        ("zero3", 4),
-        ("zero3_offload", 2),
-        ("fsdp2", 2),
+        ("fsdp2", 3),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                *(("ddp", 4), ("zero0", 2), ("zero1", 2), ("zero2", 1), ("zero2", 2), ("zero3", 4)),
+                *(("zero3_offload", 2), ("fsdp2", 2)),
+            ]
+        ),
     ],
 )
 def test_losses_follow_the_same_curve(engine: str, processes: int, alone: Path, launcher: Launcher, tmp_path: Path):
@@ -53,7 +54,10 @@ def test_losses_follow_the_same_curve(engine: str, processes: int, alone: Path, 
     assert name in launch.output
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize(
+    "engine",
+    ["zero2", "fsdp2", pytest.param("ddp", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow)],
+)
 def test_bf16_follows_float32(engine: str, alone: Path, launcher: Launcher, tmp_path: Path):
     launch = launcher.train(engine, 2, tmp_path / "run", *FLAGS, mixed_precision="bf16")
     assert launch.code == 0, launch.output

@@ -14,7 +14,7 @@ from tests.helpers import TINY_BERT, Launcher, jsonl, tiny_flags
 
 DROPOUT = json.dumps(TINY_BERT | {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1})
 EVERY = {"checkpoint.every": "5 steps", "checkpoint.keep_last": "20"}
-SETUPS = [("ddp", 1), ("ddp", 2), ("zero1", 4), ("zero2", 2), ("zero3", 2), ("fsdp2", 2)]
+SETUPS = [("ddp", 1), ("ddp", 2), ("zero1", 4), ("zero2", 2), ("zero3", 3), ("fsdp2", 3)]
 
 
 def logged(output_dir: Path) -> list[dict[str, Any]]:
@@ -25,8 +25,20 @@ def logged(output_dir: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("engine", "processes", "precision"),
-    [(engine, min(processes, 2), "no") for engine, processes in SETUPS]
-    + [("zero0", 2, "no"), ("ddp", 2, "bf16"), ("zero2", 2, "bf16"), ("zero3", 2, "bf16"), ("fsdp2", 2, "bf16")],
+    [
+        ("ddp", 1, "no"),
+        ("ddp", 2, "no"),
+        ("zero2", 2, "no"),
+        ("zero3", 3, "bf16"),
+        ("fsdp2", 3, "no"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                *(("zero0", 2, "no"), ("zero1", 2, "no"), ("zero3", 2, "no"), ("zero3", 3, "no"), ("fsdp2", 2, "no")),
+                *(("ddp", 2, "bf16"), ("zero2", 2, "bf16"), ("fsdp2", 2, "bf16")),
+            ]
+        ),
+    ],
 )
 def test_bit_for_bit_on_the_same_engine(
     engine: str, processes: int, precision: str, launcher: Launcher, tmp_path: Path

@@ -59,5 +59,5 @@ def test_checkpoints_where_each_node_has_a_disk_of_its_own(engine: str, launcher
         shard = f"checkpoints/step_00000002/state-{rank:05d}-of-00002.safetensors"
         assert set(result["files"]) >= {shard, "checkpoints/step_00000002/manifest.json"}
         assert f"state-{1 - rank:05d}" not in str(result["files"])
-        assert result["lost"]
-        assert "state-00001-of-00002.safetensors is missing" in result["notes"][0]
+        assert "none of them can be used" in result["refusal"]
+        assert "state-00001-of-00002.safetensors is missing" in result["refusal"]

@@ -31,7 +31,7 @@ from qa_dist.config import TrainConfig
 from qa_dist.tasks.question_answering.task import QuestionAnswering
 from qa_dist.training.changes import launch_notes
 from qa_dist.training.schedule import learning_rate
-from tests.helpers import ROOT, TINY_BERT, Launcher, environment, jsonl, sealed, tiny_flags
+from tests.helpers import FORK_SERVER, ROOT, TINY_BERT, Launcher, environment, jsonl, sealed, tiny_flags
 
 DROPOUT = json.dumps(TINY_BERT | {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1})
 FLAGS = tiny_flags(**{"model.config": DROPOUT, "checkpoint.every": "4 steps", "checkpoint.keep_last": "3"})
@@ -169,7 +169,7 @@ def test_a_signal_before_the_first_step(launcher: Launcher, tmp_path: Path):
     """There is no state to keep yet, and no error but the signal."""
     run = tmp_path / "run"
     flags = [*FLAGS, "--run.output_dir", str(run), "--evaluation.at_start", "true"]
-    process = launcher.start([sys.executable, "-m", "qa_dist", "train", *flags])
+    process = launcher.start([FORK_SERVER.python, "-m", "qa_dist", "train", *flags])
     wait_for(process, lambda: (run / "status.json").is_file())
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
@@ -608,6 +608,7 @@ def killed_run(launcher: Launcher, engine: str, output_dir: Path, kills: int, se
             assert process.returncode == 0, output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])
 def test_killed_at_random_moments(engine: str, launcher: Launcher, tmp_path: Path):
     whole = launcher.train(engine, 2, tmp_path / "whole", *FLAGS)

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 from qa_dist.config import RunConfig
 from tests.e2e.hub_training import FLAGS, LAST, losses, status_of, steps_of, train
 from tests.e2e.test_checkpoints import DROPOUT, qa_dist, ranks_of, wait_for
-from tests.helpers import TINY_BERT, Launcher, jsonl
+from tests.helpers import FORK_SERVER, TINY_BERT, Launcher, jsonl
 from tests.hub_runs import REPO, STATES
 from tests.hub_server import Fault, HubServer, hang, status
 
@@ -117,6 +116,7 @@ def test_both_upload_protocols(hub: HubServer, tmp_path: Path, launcher: Launche
     assert "going on from" in done.output
 
 
+@pytest.mark.slow
 def test_nodes_with_disks_of_their_own(hub: HubServer, launcher: Launcher, tmp_path: Path):
     """Two nodes, each with a run directory that the other does not see: each uploads its shards, one commits them, and
     when both disks are lost each node fetches the state once."""
@@ -207,7 +207,7 @@ def test_a_run_that_is_asked_to_stop_does_not_wait_long_for_a_silent_hub(
     run = tmp_path / "run"
     hold = hub.faults.add(Fault("POST", "/commit/", hang(), times=None))
     flags = [*FLAGS, "--run.output_dir", str(run), "--train.epochs", "200", "--checkpoint.every", "20 steps"]
-    process = launcher.start([sys.executable, "-m", "qa_dist", "train", *flags])
+    process = launcher.start([FORK_SERVER.python, "-m", "qa_dist", "train", *flags])
     wait_for(process, lambda: hold.used > 0)
     process.send_signal(signal.SIGTERM)
     asked = time.monotonic()

@@ -25,11 +25,11 @@ LONG = tiny_flags(**{"train.epochs": "20000", "checkpoint.every": "20 steps"})
 LAUNCH = [sys.executable, "-m", "qa_dist", "launch"]
 
 
-def start(*args: object, **env: str) -> "subprocess.Popen[str]":
+def start(*args: object, forked_ranks: bool = True, **env: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [*LAUNCH, *map(str, args)],
         cwd=ROOT,
-        env={**environment(), **env},
+        env={**environment(forked_ranks=forked_ranks), **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -88,9 +88,12 @@ def started(tmp_path: Path):
     processes: list[subprocess.Popen[str]] = []
     left: list[psutil.Process] = []
 
-    def begin(*flags: str, engine: str = "cpu_zero2", **env: str) -> "tuple[subprocess.Popen[str], Path]":
+    def begin(
+        *flags: str, engine: str = "cpu_zero2", forked_ranks: bool = True, **env: str
+    ) -> "tuple[subprocess.Popen[str], Path]":
         run = tmp_path / "run"
-        process = start("--config_file", engine, "train", *LONG, "--run.output_dir", run, *flags, **env)
+        arguments = ("--config_file", engine, "train", *LONG, "--run.output_dir", run, *flags)
+        process = start(*arguments, forked_ranks=forked_ranks, **env)
         processes.append(process)
         wait_until(process, trains(run))
         left.extend(psutil.Process(process.pid).children(recursive=True))
@@ -110,7 +113,7 @@ def started(tmp_path: Path):
 # ------------------------------------------------------------------------------------------------- stopping
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_signal_to_the_launcher_stops_all_processes_with_a_checkpoint(number: int, started):
     process, run = started()
     process.send_signal(number)
@@ -160,6 +163,7 @@ def test_what_a_terminal_shows_and_the_commands_that_it_names(tmp_path: Path):
     assert (run / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_signals_to_all_processes_at_once_are_one_request(started):
     """As some batch systems send them, and a terminal's Ctrl-C."""
     process, run = started()
@@ -170,9 +174,10 @@ def test_signals_to_all_processes_at_once_are_one_request(started):
     assert checkpoints(run)[-1] == read_status(run)["step"]
 
 
+@pytest.mark.slow
 def test_a_second_signal_stops_at_once(started):
     """Even where a process would never come to the end of its step."""
-    process, _ = started()
+    process, _ = started(forked_ranks=False)
     ranks(process)[1].suspend()
     process.send_signal(signal.SIGTERM)
     time.sleep(6)  # signals within five seconds are one
@@ -191,6 +196,7 @@ def test_a_stop_file_stops_and_does_not_stay(started):
     assert not (run / "stop").exists()
 
 
+@pytest.mark.slow
 def test_time_that_is_up(started):
     process, run = started("--run.max_hours", "0.004")  # 14 s
     output = end_of(process)
@@ -215,7 +221,7 @@ def test_the_time_limit_of_a_slurm_job(started):
 
 
 def test_a_process_that_is_killed(started):
-    process, run = started()
+    process, run = started(forked_ranks=False)
     ranks(process)[1].kill()
     output = end_of(process)
     assert process.returncode == 1
@@ -226,9 +232,10 @@ def test_a_process_that_is_killed(started):
     assert "another process of this run is gone" in output
 
 
+@pytest.mark.slow
 def test_the_launcher_underneath_is_killed(started):
     """The processes, which it would have ended, are told to stop."""
-    process, run = started()
+    process, run = started(forked_ranks=False)
     agent = next(c for c in psutil.Process(process.pid).children() if "qa_dist.launching.agent" in c.cmdline())
     agent.kill()
     output = end_of(process)
@@ -239,7 +246,7 @@ def test_the_launcher_underneath_is_killed(started):
 
 def test_the_launcher_itself_is_killed(started):
     """Nobody is left to end the processes: they do it themselves."""
-    process, run = started()
+    process, run = started(forked_ranks=False)
     left = ranks(process)
     process.kill()
     process.wait()
@@ -248,10 +255,10 @@ def test_the_launcher_itself_is_killed(started):
     assert checkpoints(run)[-1] == read_status(run)["step"]
 
 
-@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize("frozen", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_hangs(frozen: int, started):
     """Also that one through which the processes talk."""
-    process, run = started("--run.step_timeout_minutes", "0.05", engine="cpu_ddp")
+    process, run = started("--run.step_timeout_minutes", "0.05", engine="cpu_ddp", forked_ranks=False)
     ranks(process)[frozen].suspend()
     output = end_of(process, 90)
     assert process.returncode == 1
@@ -267,6 +274,7 @@ def test_a_process_that_hangs(frozen: int, started):
     assert status["launch"] == "DDP, float32, 2 processes on cpu"
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_in_the_first_batch_of_an_evaluation(tmp_path: Path):
     """Which has the limit of a step, since all that it does was done in training."""
     run = tmp_path / "run"
@@ -274,7 +282,7 @@ def test_a_process_that_hangs_in_the_first_batch_of_an_evaluation(tmp_path: Path
     sizes = {"data.synthetic.train_examples": "8", "data.synthetic.validation_examples": "300", "train.epochs": "1"}
     flags = tiny_flags(**{**sizes, "model.config": json.dumps(model), "evaluation.batch_size": "400"})
     limits = ("--run.step_timeout_minutes", "0.2")
-    process = start("--config_file", "cpu_ddp", "train", *flags, *limits, "--run.output_dir", run)
+    process = start("--config_file", "cpu_ddp", "train", *flags, *limits, "--run.output_dir", run, forked_ranks=False)
     wait_until(
         process, lambda: (run / "metrics.jsonl").is_file() and jsonl_of(run)[-1:] and jsonl_of(run)[-1]["epoch"] == 1
     )
@@ -287,13 +295,14 @@ def test_a_process_that_hangs_in_the_first_batch_of_an_evaluation(tmp_path: Path
     assert "rank 1 did not answer" in last
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_while_a_checkpoint_waits_for_the_one_before(tmp_path: Path):
     """The disk may take its time, and a process that does not answer not."""
     run = tmp_path / "run"
     model = TINY_BERT | {"max_position_embeddings": 1_000_000}  # which makes large checkpoints, and costs no time else
     flags = tiny_flags(**{"train.epochs": "20000", "checkpoint.every": "1 step", "model.config": json.dumps(model)})
     limits = ("--run.step_timeout_minutes", "0.1")
-    process = start("--config_file", "cpu_ddp", "train", *flags, *limits, "--run.output_dir", run)
+    process = start("--config_file", "cpu_ddp", "train", *flags, *limits, "--run.output_dir", run, forked_ranks=False)
 
     def waits() -> bool:
         if not (run / "metrics.jsonl").is_file() or not (logged := jsonl_of(run)):
@@ -309,11 +318,11 @@ def test_a_process_that_hangs_while_a_checkpoint_waits_for_the_one_before(tmp_pa
     assert "rank 1 did not answer" in last
 
 
-@pytest.mark.parametrize("launched", [True, False])
+@pytest.mark.parametrize("launched", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_memory_that_does_not_suffice_on_one_process(launched: bool, started, launcher: Launcher, tmp_path: Path):
     """It is told with its rank, by `qa-dist launch` and by `accelerate launch`, and the others end too."""
     if launched:
-        process, run = started()
+        process, run = started(forked_ranks=False)
     else:
         run = tmp_path / "plain"
         process = launcher.start(

@@ -48,6 +48,8 @@ ELSEWHERE = {
     "launch/install.sh && source .venv/bin/activate": ".ci/run installs so",
     "qa_dist/launch/install.sh": ".ci/run installs so",
     "launch/install.sh test dev": ".ci/run installs so",
+    "launch/check.sh": "a stage of .ci/run",
+    "launch/test.sh --fast": "runs these tests",
     ".ci/run": "runs these tests",
     "pre-commit install": "writes into .git",
 }
@@ -192,6 +194,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
         yield cluster
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", dict.fromkeys(command for command in commands() if command not in ELSEWHERE))
 def test_a_command(command: str, stranger: Stranger, request: pytest.FixtureRequest):
     for what, stand_in in STANDS_FOR.items():
@@ -227,6 +230,7 @@ def free_port() -> str:
         return str(one.getsockname()[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", python_blocks())
 def test_a_python_example(block: str, stranger: Stranger):
     (stranger.directory / "example.py").write_text(block)

@@ -354,6 +354,7 @@ def test_texts_of_others_run_nothing(browsed: Browsed, tmp_path: Path):
     assert "Content Security Policy" in browsed.complaints.pop()
 
 
+@pytest.mark.slow
 def test_ten_thousand_examples_are_searched_and_paged(browsed: Browsed, long_report: Path):
     page = browsed.open(long_report).page
     assert browsed.count == "10,000 of 10,000 examples"

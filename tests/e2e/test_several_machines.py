@@ -48,7 +48,7 @@ def launch_on_two(tmp_path: Path, command: Sequence[str], program: Sequence[str]
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
-@pytest.mark.parametrize("engine", ["cpu_ddp", "cpu_zero2"])
+@pytest.mark.parametrize("engine", ["cpu_zero2", pytest.param("cpu_ddp", marks=pytest.mark.slow)])
 def test_the_recipe_for_accelerate_launch(engine: str, tmp_path: Path):
     command = [*ACCELERATE, "--config_file", str(CONFIGS / f"{engine}.yaml")]
     command += ["--num_machines", "2", "--num_processes", "2"]
@@ -73,6 +73,7 @@ def test_worlds_of_one_under_the_option_cpu_are_refused(tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("deepspeed", path=Path(sys.executable).parent) is None, reason="no deepspeed command")
 def test_worlds_of_one_under_deepspeeds_own_launcher_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Which Accelerate chooses by itself, and which knows of other machines only from a hostfile."""
@@ -88,6 +89,7 @@ def test_worlds_of_one_under_deepspeeds_own_launcher_are_refused(tmp_path: Path,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_launchers_that_do_not_agree_are_refused(tmp_path: Path):
     """One process on each of two machines, and two on the second."""
     command = [*LAUNCH, "--config_file", "cpu_ddp", "--num_machines", "2"]

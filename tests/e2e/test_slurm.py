@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from qa_dist.reporting.status import read_status
 from qa_dist.training.preemption import slurm_end_time
 from tests.e2e.test_token_classification import flags_of as tags_of
-from tests.helpers import ROOT, Launcher, jsonl, tiny_flags
+from tests.helpers import FORK_SERVER, ROOT, Launcher, jsonl, tiny_flags
 from tests.slurm_cluster import SlurmCluster, missing
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"SLURM: {missing()}")
@@ -39,7 +40,8 @@ class Job:
 
     def __init__(self, cluster: SlurmCluster, directory: Path, *args: str, flags: list[str], **env: str):
         self.cluster, self.directory, self.run = cluster, directory, directory / RUN
-        environ = {"LAUNCH_CONFIG": "cpu_zero2", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | env
+        environ = {"LAUNCH_CONFIG": "cpu_zero2", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environ |= {"PYTHON_EXEC": FORK_SERVER.python} | env
         self.id = cluster.submit(SCRIPT, *(args or FLAGS), flags=["--nodes=2", *flags], env=environ, cwd=directory)
 
     @property
@@ -112,6 +114,7 @@ def submit(cluster: SlurmCluster, tmp_path: Path) -> Iterator[Callable[..., Job]
             cluster.wait(job.id, ENDED, timeout=60)
 
 
+@pytest.mark.slow
 def test_a_job_of_token_classification_that_is_requeued_goes_on(submit, cluster: SlurmCluster, tmp_path: Path):
     flags = tags_of(tmp_path / "cache", **{"checkpoint.every": "10 steps"})
     alone = Launcher(tmp_path).train("zero2", 2, tmp_path / "alone", *flags)
@@ -142,6 +145,7 @@ def test_a_job_near_its_end_stops_requeues_itself_and_goes_on(submit, cluster: S
     assert not (job.run / "stop").exists()
 
 
+@pytest.mark.slow
 def test_a_job_that_is_cancelled_stays_so_and_leaves_a_checkpoint(submit, cluster: SlurmCluster):
     job = submit(REQUEUE_FAILED="1")
     job.reaches(60)
@@ -155,6 +159,7 @@ def test_a_job_that_is_cancelled_stays_so_and_leaves_a_checkpoint(submit, cluste
     assert not job.ranks()
 
 
+@pytest.mark.slow
 def test_a_job_requeued_by_hand(submit, cluster: SlurmCluster, uninterrupted: Path):
     job = submit()
     job.reaches(60)
@@ -164,6 +169,7 @@ def test_a_job_requeued_by_hand(submit, cluster: SlurmCluster, uninterrupted: Pa
     assert_same(job.run, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_job_with_its_rank_host_and_cause(submit, cluster: SlurmCluster):
     job = submit()
     job.reaches(60)
@@ -177,6 +183,7 @@ def test_a_killed_process_ends_the_job_with_its_rank_host_and_cause(submit, clus
     assert not job.ranks()
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_goes_on_if_that_is_asked_for(submit, uninterrupted: Path):
     job = submit(REQUEUE_FAILED="1")
     job.reaches(60)
@@ -186,9 +193,10 @@ def test_a_job_that_fails_goes_on_if_that_is_asked_for(submit, uninterrupted: Pa
     assert_same(job.run, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_node_whose_launcher_dies_is_a_failure_and_not_a_stop(submit, cluster: SlurmCluster, uninterrupted: Path):
     """The processes of all nodes are stopped in order then; the job must neither wait nor take itself for preempted."""
-    job = submit(REQUEUE_FAILED="1")
+    job = submit(REQUEUE_FAILED="1", PYTHON_EXEC=sys.executable)
     job.reaches(60)
     last = [node for node in cluster.nodes if node != cluster.job(job.id)["BatchHost"]]
     agents = [one for node in last for one in cluster.processes(node, "qa_dist.launching.agent")]
@@ -200,6 +208,7 @@ def test_a_node_whose_launcher_dies_is_a_failure_and_not_a_stop(submit, cluster:
     assert_same(job.run, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_tasks_alone_is_a_preemption(submit, cluster: SlurmCluster, uninterrupted: Path):
     """As at the beginning of a partition's GraceTime; the batch script hears nothing of it."""
     job = submit()
@@ -211,6 +220,7 @@ def test_a_signal_to_the_tasks_alone_is_a_preemption(submit, cluster: SlurmClust
     assert_same(job.run, uninterrupted)
 
 
+@pytest.mark.slow
 def test_two_jobs_do_not_share_a_run_directory(submit):
     """Those of one name would, by default."""
     first = submit(*LONG)
@@ -222,6 +232,7 @@ def test_two_jobs_do_not_share_a_run_directory(submit):
     first.reaches(len(steps(first.run)) + 20)
 
 
+@pytest.mark.slow
 def test_a_job_that_slurm_has_lost_sight_of_gives_way_to_its_next_attempt(submit, cluster: SlurmCluster):
     """Its node does not answer, but its processes live on; the requeued job must not train beside them."""
     job = submit(*LONG, flags=["--nodes=1"])
@@ -240,6 +251,7 @@ def test_a_job_that_slurm_has_lost_sight_of_gives_way_to_its_next_attempt(submit
         cluster.start_node(lost)
 
 
+@pytest.mark.slow
 def test_a_job_that_always_fails_does_not_loop(submit, cluster: SlurmCluster):
     flags = tiny_flags(**{"train.learning_rate": "1e30", "checkpoint.every": "none"})
     job = submit(*flags, REQUEUE_FAILED="1", MAX_RESTARTS="1")
@@ -257,6 +269,7 @@ def test_a_mistake_is_told_and_not_tried_again(submit, cluster: SlurmCluster):
     assert job.log.count("attempt ") == 1
 
 
+@pytest.mark.slow
 def test_a_node_that_vanishes(submit, cluster: SlurmCluster, uninterrupted: Path):
     """SLURM sees it, and requeues the job on nodes that are left."""
     job = submit()
@@ -273,6 +286,7 @@ def test_a_node_that_vanishes(submit, cluster: SlurmCluster, uninterrupted: Path
     assert_same(job.run, uninterrupted)
 
 
+@pytest.mark.slow
 def test_preemption_by_a_job_of_higher_priority(tmp_path: Path, uninterrupted: Path):
     with SlurmCluster(tmp_path / "slurm", nodes=2, preemption=True) as cluster:
         job = Job(cluster, tmp_path, flags=[])

@@ -28,7 +28,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return train(tmp_path_factory.mktemp("plain") / "run")
 
 
-@pytest.mark.parametrize("setting", ["train.gradient_checkpointing", "train.compile"])
+@pytest.mark.parametrize(
+    "setting", ["train.gradient_checkpointing", pytest.param("train.compile", marks=pytest.mark.slow)]
+)
 def test_the_losses_stay_the_same(setting: str, plain: list[dict[str, Any]], tmp_path: Path):
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters

@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from qa_dist.cli import main
 from tests.broken_disk import broken_disk
 from tests.e2e import hub_training
 from tests.e2e.test_checkpoints import FLAGS, losses, train
-from tests.helpers import ROOT, Launcher, environment
+from tests.helpers import FORK_SERVER, ROOT, Launcher, environment
 from tests.hub_server import HubServer
 
 CONTENT = dict[str, bytes]
@@ -129,7 +128,7 @@ def test_a_link_to_a_disk_that_is_not_there(finished: Path, tmp_path: Path, caps
 
 def resumed(run: Path, env: dict[str, str], *launch: str) -> tuple[int, str]:
     """Return exit code and output of a process of its own that resumes the run."""
-    command = [sys.executable, "-m", "qa_dist", *launch, "train", *FLAGS, "--run.output_dir", str(run)]
+    command = [FORK_SERVER.python, "-m", "qa_dist", *launch, "train", *FLAGS, "--run.output_dir", str(run)]
     done = subprocess.run(
         [*command, "--resume", "auto"],
         cwd=ROOT,
@@ -174,6 +173,7 @@ def test_all_ranks_end_with_the_same_code(finished: Path, tmp_path: Path, capsys
     assert "none of them can be used" in output
 
 
+@pytest.mark.slow
 def test_nodes_with_disks_of_their_own_stop_together(launcher: Launcher, tmp_path: Path):
     """Each node has a shard of each checkpoint; on one of them all are damaged."""
 

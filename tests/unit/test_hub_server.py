@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -400,7 +401,8 @@ def test_a_server_that_closes_ends_its_connections_quietly(
             time.sleep(0.01)
         server.close()
         assert not [name for name in names_of_threads() if name.startswith("hub server")]
-        assert client.recv(1000) == b""
+        with suppress(ConnectionResetError):  # what the system sends where the server had not read all of the body
+            assert client.recv(1000) == b""
     assert capfd.readouterr() == ("", "")
 
 
@@ -431,6 +433,7 @@ def test_in_another_process_that_is_killed(tmp_path: Path, monkeypatch: pytest.M
 
 XET_CLIENT = """
 import sys
+from contextlib import suppress
 from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 

@@ -272,6 +272,7 @@ def test_half_precision(models, bert: QuestionAnswerer, dtype: Any):
     assert sum(same) > len(PAIRS) / 2, "near logits may change places"
 
 
+@pytest.mark.slow
 def test_compiled(models, bert: QuestionAnswerer):
     compiled = QuestionAnswerer.from_pretrained(str(models["bert"]), device="cpu", compile=True)
     assert places(compiled(PAIRS[:1])) == places(bert(PAIRS[:1]))

@@ -54,12 +54,12 @@ def load(path: Path, content: str | bytes, name: str = "train", **settings: Any)
         ("d.conll", COLUMNS.replace("\n", "\r")),
         ("d.conll", COLUMNS.replace("No O", "-DOCSTART- O\n\nNo O")),
         ("d.data", json.dumps(ROWS, indent=2)),
-        ("d.conll.gz", gzip.compress(COLUMNS.encode())),
+        ("d.conll.gz", gzip.compress(COLUMNS.encode(), mtime=0)),
         ("d.json", json.dumps(ROWS)),
         ("d.json", json.dumps({"data": ROWS})),
         ("d.jsonl", lines(ROWS)),
         ("d.txt", lines(ROWS)),
-        ("d.jsonl.gz", gzip.compress(lines(ROWS).encode())),
+        ("d.jsonl.gz", gzip.compress(lines(ROWS).encode(), mtime=0)),
     ],
 )
 def test_forms(tmp_path: Path, name: str, content: str | bytes):
