@@ -248,13 +248,17 @@ def _leave_out_shared(
     begin, end = spans[known].T
     early = (contexts.starts[at_first] < begin) & (contexts.starts[at_first + 1] == begin)
     late = (contexts.ends[at_last] > end) & (contexts.ends[at_last - 1] == end)
-    for places, token, step, kept in ((early, at_first, 1, first), (late, at_last, -1, last)):
+    moves = np.zeros((2, len(known)), dtype=np.int64)
+    for side, places, token, step in ((0, early, at_first, 1), (1, late, at_last, -1)):
         for k in np.flatnonzero(places).tolist():
-            i, one, other = known[k], token[k], token[k] + step
+            one, other = token[k], token[k] + step
             beside = slice(contexts.starts[one], begin[k]) if step > 0 else slice(end[k], contexts.ends[one])
-            is_letter = bool(examples[i].context[beside].strip())  # not the space that a token begins with
-            if is_letter and contexts.starts[other] < contexts.ends[other] and first[i] < last[i]:
-                kept[i] += step
+            is_letter = bool(examples[known[k]].context[beside].strip())  # not the space that a token begins with
+            moves[side, k] = is_letter and contexts.starts[other] < contexts.ends[other]
+    # an answer of two tokens that are both shared keeps both: each holds a part of it
+    fits = first[known] + moves[0] <= last[known] - moves[1]
+    first[known] += moves[0] * fits
+    last[known] -= moves[1] * fits
 
 
 def _assemble(
