@@ -15,4 +15,4 @@ cores=$(getconf _NPROCESSORS_ONLN)
 workers=${WORKERS:-$((cores < 2 ? 2 : cores > 8 ? 8 : cores))}
 export PATH=$PWD/.venv/bin:$PATH TORCH_EXTENSIONS_DIR=$PWD/.venv/torch_extensions
 # The tests of a file share runs, so each file goes to one worker, in the order of conftest.py: the longest ones first.
-exec python -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "${selection[@]}" "$@"
+exec python -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder ${selection[@]+"${selection[@]}"} "$@"
